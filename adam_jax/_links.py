@@ -1,0 +1,200 @@
+"""Links that fit any member of the family, and what is read from their states."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adam_jax._chain import Context, Init, Update, stage, stateless
+from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
+from adam_jax._moments import Moments, Weight
+from adam_jax._tree import PyTree, as_wide, expect_params, lerp, lift, like_params, scalar_dtype, square, times, wide_dtype, widen
+
+
+@stage(takes="updates", gives="updates")
+def cautious(*, after_learning_rate: bool | None = None) -> tuple[Init, Update]:
+    """Takes only those elements of the update that this step's gradient agrees with, and makes up for the rest.
+
+        agrees = update·gradient < 0                 (> 0 before the learning rate)
+        update ← update·agrees / max(mean(agrees), 1e-3)
+
+    The mean is over a leaf. Fits behind a finished member, `chain(adamw(1e-3), cautious())`, where it judges the whole step;
+    the paper's place is before weight decay: `chain(track_moments(), correct_bias(), scale_by_moments(), cautious(),
+    add_decayed_weights(0.01), scale_by_learning_rate(1e-3))`.
+
+    Args:
+      after_learning_rate: on which side of the learning rate it stands, which decides the sign. `None`: the chain knows.
+        Has to be said behind a transformation of Optax, and outside of `adam_jax.chain`, where the gradient has to be
+        passed as well: `update(grads, state, params, gradient=grads)`.
+
+    Raises:
+      ValueError: in `update`, where the side or the gradient is not known.
+
+    Source: Liang et al., "Cautious Optimizers: Improving Training with One Line of Code" (2024), Algorithm 1; the factor is
+    that of the authors' later code, which is 1 where all elements agree (the paper's has numel + 1 below).
+    """
+
+    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, Any]:
+        after = context.applied if after_learning_rate is None else after_learning_rate
+        if context.gradient is None or after is None:
+            lacks = "the gradient" if context.gradient is None else "whether the learning rate is already in the updates"
+            raise ValueError(
+                f"cautious() does not know {lacks}. Put it into adam_jax.chain, or say cautious(after_learning_rate=True) and "
+                f"pass the gradient: update(grads, state, params, gradient=grads)."
+            )
+
+        def leaf(update: Any, grad: Any) -> Array:
+            update, g = as_wide(update), as_wide(grad)
+            along = update.real * g.real + update.imag * g.imag if jnp.iscomplexobj(g) else update * g
+            agrees = (along < 0 if after else along > 0).astype(along.dtype)
+            return times(update, agrees / jnp.maximum(jnp.mean(agrees), 1e-3))
+
+        return lift(leaf, updates, gradient=context.gradient), state
+
+    return stateless, update
+
+
+class ClipUpdateRmsState(NamedTuple):
+    """State of `clip_update_rms`: the threshold that the last step used."""
+
+    step: Array
+    hyperparams: dict[str, Array]
+
+
+@stage(takes="any", gives="same")
+def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
+    """Shortens a leaf's update where its root mean square is above the threshold.
+
+        update ← update / max(1, rms/threshold)
+
+    Among Moments, between `correct_bias()` and `scale_by_moments()`, rms is that of g/√ν: it is large when ν is out of date,
+    which announces a loss spike, and the link makes StableAdamW. Among plain updates rms is the update's own, as in
+    Adafactor; behind the learning rate the threshold is in units of it, so `chain(radam(1e-3), clip_update_rms())` means the
+    same as the link before the rate. (Outside of `adam_jax.chain` it has to stand before it.)
+
+    Args:
+      threshold: > 0, in units of the learning rate.
+
+    Source: Wortsman et al., "Stable and low-precision training for large-scale vision-language models" (2023), §3.5 and
+    Algorithm 2; Shazeer & Stern, "Adafactor" (2018), §6.
+    """
+    hypers = {"threshold": Hyperparameter("threshold", threshold, "(0, inf)")}
+
+    def init(params: PyTree) -> ClipUpdateRmsState:
+        return ClipUpdateRmsState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+
+    def update(updates: Any, state: ClipUpdateRmsState, params: Any, context: Context) -> tuple[Any, ClipUpdateRmsState]:
+        used = cast(hypers["threshold"].at(state.step), state.hyperparams["threshold"].dtype)
+        most = used if context.learning_rate is None else used * jnp.abs(context.learning_rate)
+
+        def shortened(x: Array, rms: Array) -> Array:
+            limit = most.astype(rms.dtype)
+            return times(x, limit / jnp.maximum(jnp.maximum(rms, limit), jnp.finfo(rms.dtype).tiny))
+
+        def moment(grad: Any, mu: Array, nu: Array) -> Array:
+            least = 2.0 ** (jnp.finfo(nu.dtype).minexp // 2)
+            return shortened(mu, jnp.sqrt(_mean(square(widen(grad)) / jnp.maximum(nu, least**2))))
+
+        def plain(update: Any) -> Array:
+            return shortened(as_wide(update), jnp.sqrt(_mean(square(as_wide(update)))))
+
+        if isinstance(updates, Moments):
+            updates = updates._replace(mu=lift(moment, updates.grad, free=("nu",), mu=updates.mu, nu=updates.nu))
+        else:
+            updates = lift(plain, updates)
+        return updates, ClipUpdateRmsState(increment(state.step), {"threshold": used})
+
+    return init, update
+
+
+def _mean(x: Array) -> Array:
+    """The mean; 0 for an array without elements."""
+    return jnp.sum(x) / max(x.size, 1)
+
+
+class AverageParametersState(NamedTuple):
+    """State of `average_parameters`.
+
+    Attributes:
+      step: steps taken, int32.
+      average: the averaged parameters, float32 or wider, corrected for their bias; before the first step the initial ones.
+      average_weight: the weight that the average has gathered.
+      hyperparams: the decay that the last step used.
+    """
+
+    step: Array
+    average: PyTree
+    average_weight: Weight
+    hyperparams: dict[str, Array]
+
+
+@stage(takes="updates", gives="updates", rate="after")
+def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
+    """Averages the parameters, and leaves the updates as they are. Comes last.
+
+        weight ← weight + (1 − decay)·(1 − weight)
+        average ← average + (1 − decay)/weight·(params + update − average)
+
+    The average is kept in its corrected form, so it can be read, by `averaged_parameters`, with no division; after the first
+    step it is the parameters, after a few their mean.
+
+    Args:
+      decay: in [0, 1).
+
+    Raises:
+      ValueError: in `update`, without `params`.
+
+    Source: Kingma & Ba (2015), §7.2.
+    """
+    hypers = {"decay": Hyperparameter("decay", decay, "[0, 1)")}
+
+    def init(params: PyTree) -> AverageParametersState:
+        scalars = scalar_dtype(params)
+        return AverageParametersState(
+            step=jnp.zeros((), jnp.int32),
+            # A copy, even where the dtype is the same: a donated step must not be given one buffer twice.
+            average=like_params(lambda p: jnp.array(p, wide_dtype(p), copy=True), params),
+            average_weight=Weight.zero(scalars),
+            hyperparams=first_values(hypers, scalars),
+        )
+
+    def update(updates: Any, state: AverageParametersState, params: Any, context: Context) -> tuple[Any, AverageParametersState]:
+        params = expect_params(params, "average_parameters()")
+        scalars = state.average_weight.high.dtype
+        value = hypers["decay"].at(state.step)
+        rate = complement(value, scalars)
+        weight = state.average_weight.grow(rate)
+        share = rate / weight.high
+
+        def leaf(update: Any, param: Any, average: Array) -> tuple[Any, Array]:
+            dtype = jnp.result_type(param)  # what the caller will hold: update and sum are both rounded to it
+            moved = (as_wide(param) + as_wide(update.astype(dtype))).astype(dtype)
+            return update, lerp(average, as_wide(moved), share)
+
+        _, average = lift(leaf, updates, outputs=2, params=params, average=state.average)
+        used = {"decay": cast(value, scalars)}
+        return updates, AverageParametersState(increment(state.step), average, weight, used)
+
+    return init, update
+
+
+def averaged_parameters(state: Any) -> PyTree:
+    """The averaged parameters, from the state of any transformation that holds an `average_parameters`.
+
+    Returns:
+      A tree shaped like the parameters, float32 or wider; integer leaves, which have no average, are `None`.
+
+    Raises:
+      ValueError: if the state holds no such average, or several.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AverageParametersState))
+    found = [node.average for node in nodes if isinstance(node, AverageParametersState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"averaged_parameters: found {len(found)} averages in the state; expected one. End the chain with "
+            f"average_parameters(decay), and pass that chain's state, or one group's part of it."
+        )
+    return found[0]

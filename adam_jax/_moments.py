@@ -1,0 +1,276 @@
+"""`Moments`, and how they move: every member of the family begins with `track_moments`.
+
+A moment is an exponential average that starts at zero, so it is Σ weights·values with Σ weights < 1. Its weight is the same
+average of the constant 1, moved by the same rate at the same time. Later stages divide by it; they need no decay, no
+count and no formula, and stay right when the decay changes from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adam_jax import storage
+from adam_jax._chain import Context, Init, Update, stage
+from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, expect_one_of, first_values, increment
+from adam_jax._tree import (
+    PyTree,
+    at_rest,
+    lerp,
+    lift,
+    like_params,
+    real_dtype,
+    scalar_dtype,
+    square,
+    takes_part,
+    times,
+    wide_dtype,
+    widen,
+)
+
+Blocks: TypeAlias = Literal["leaf", "output"] | Callable[[str, tuple[int, ...]], tuple[int, ...]]
+
+
+class Moments(NamedTuple):
+    """What flows between `track_moments` and the stage that turns moments into updates.
+
+    Trees are shaped like the parameters; scalars are float32, or float64 where any parameter is.
+
+    Attributes:
+      grad: this step's gradient, as it came in.
+      mu: first moment estimate, float32 or wider; the widened gradient where no first moment is tracked.
+      nu: second moment estimate, real, float32 or wider; `None` where none is tracked.
+      mu_weight: the weight that `mu` has gathered, in (0, 1]: 1 − ∏β₁. 1 once `mu` is corrected.
+      nu_weight: the same for `nu`.
+      mu_decay: this step's β₁.
+      mu_rate: the share of this step's gradient in `mu`: 1 − β₁.
+      nu_rate: the share of this step's square in `nu`: 1 − β₂.
+      count: the number of this step, from 1, int32.
+      nu_ready: whether ν can be trusted yet, a boolean scalar; `None` for always. Where it cannot, the update is `mu`.
+    """
+
+    grad: PyTree
+    mu: PyTree
+    nu: PyTree
+    mu_weight: Array
+    nu_weight: Array
+    mu_decay: Array
+    mu_rate: Array
+    nu_rate: Array
+    count: Array
+    nu_ready: Array | None = None
+
+
+class Weight(NamedTuple):
+    """An average of ones, as the sum of two floats.
+
+    One float is not enough: near 0.01 and at β₂ = 0.999999, ten thousand roundings add up to 3e-6.
+    """
+
+    high: Array
+    low: Array
+
+    @classmethod
+    def zero(cls, dtype: Any) -> Weight:
+        return cls(jnp.zeros((), dtype), jnp.zeros((), dtype))
+
+    def grow(self, rate: Array) -> Weight:
+        step = self.low + rate * ((1 - self.high) - self.low)
+        high = self.high + step
+        return Weight(high, (self.high - high) + step)
+
+
+def expect_moments(updates: Any, who: str) -> Moments:
+    """`updates`, if they are Moments."""
+    if not isinstance(updates, Moments):
+        raise TypeError(
+            f"{who} takes Moments, but was given {type(updates).__name__}. Chain it behind track_moments(...), with no stage "
+            f"between that consumes them."
+        )
+    return updates
+
+
+class NuRule(NamedTuple):
+    """How ν moves.
+
+    Attributes:
+      sees: (g, mu) -> what ν averages, real.
+      moves: (nu, seen, b2, rate, eps) -> the next ν; scalars have ν's dtype.
+      weighs: whether ν gathers weight as an average does. A maximum has all of it at once.
+    """
+
+    sees: Callable[[Array, Array], Array]
+    moves: Callable[[Array, Array, Array, Array, Array], Array]
+    weighs: bool = True
+
+
+def _averages(nu: Array, seen: Array, b2: Array, rate: Array, eps: Array) -> Array:
+    return lerp(nu, seen, rate)
+
+
+NU_RULES = {
+    "square": NuRule(lambda g, mu: square(g), _averages),
+    "belief": NuRule(lambda g, mu: square(g - mu), lambda nu, seen, b2, rate, eps: lerp(nu, seen, rate) + eps),
+    "yogi": NuRule(lambda g, mu: square(g), lambda nu, seen, b2, rate, eps: nu - rate * jnp.sign(nu - seen) * seen),
+    "infinity": NuRule(lambda g, mu: jnp.abs(g), lambda nu, seen, b2, rate, eps: jnp.maximum(b2 * nu, seen + eps), False),
+}
+"""The rules by name: Adam's average of |g|²; AdaBelief's of |g − μ|², plus ε; Yogi's step of bounded size towards |g|²;
+AdaMax's maximum of β₂ν and |g| + ε."""
+
+
+class TrackMomentsState(NamedTuple):
+    """State of `track_moments`.
+
+    Attributes:
+      count: steps taken, int32; stays at 2³¹ − 1.
+      mu: first moments at rest, or `None`.
+      nu: second moments at rest, or `None`.
+      mu_weight: the weight of `mu`.
+      nu_weight: the weight of `nu`.
+      hyperparams: the values that the last step used.
+    """
+
+    count: Array
+    mu: PyTree
+    nu: PyTree
+    mu_weight: Weight
+    nu_weight: Weight
+    hyperparams: dict[str, Array]
+
+
+@stage(takes="updates", gives="moments")
+def track_moments(
+    b1: ScalarOrSchedule | None = 0.9,
+    b2: ScalarOrSchedule | None = 0.999,
+    *,
+    mu_rule: Literal["mean", "sum"] = "mean",
+    nu_rule: Literal["square", "belief", "yogi", "infinity"] = "square",
+    nu_eps: ScalarOrSchedule = 0.0,
+    nu_init: float = 0.0,
+    nu_delay: bool = False,
+    blocks: Blocks | None = None,
+    mu_dtype: Any = None,
+) -> tuple[Init, Update]:
+    """Averages the gradients and their squares.
+
+        mu ← mu + (1 − b1)·(g − mu)          mu_weight ← mu_weight + (1 − b1)·(1 − mu_weight)
+        nu ← nu + (1 − b2)·(|g|² − nu)       nu_weight ← nu_weight + (1 − b2)·(1 − nu_weight)
+
+    Gradients are widened to float32 first (float64 and complex stay), so the state never has a half-precision dtype unless
+    it is asked for. Beyond ±2⁶² (float32) they saturate; an infinity counts as NaN, and a NaN is not hidden: it makes the
+    moments of its element NaN, for good.
+
+    Args:
+      b1: decay of the first moment, in [0, 1); `None` tracks none, and `mu` is the gradient.
+      b2: decay of the second moment, in [0, 1); `None` tracks none.
+      mu_rule: "mean", or "sum" for mu ← b1·mu + g, the heavy ball that other frameworks call momentum. It has weight 1.
+      nu_rule: what moves ν, see `NU_RULES`.
+      nu_eps: what the rules "belief" and "infinity" add at every step, ≥ 0.
+      nu_init: where ν starts, ≥ 0.
+      nu_delay: hand on the ν of the step before, which has not seen this gradient. The first step only fills ν: its β₂ is
+        0 and the gradient that it hands on is zero.
+      blocks: which axes of a leaf share one ν: "leaf" for all, "output" for all but the last (the outputs of a Flax kernel),
+        or a function (path as `jax.tree_util.keystr` writes it, shape) -> axes. `None` shares none.
+      mu_dtype: the floating dtype in which `mu` rests between steps, rounded to nearest and saturating. `None`: float32 or
+        wider.
+
+    Raises:
+      ValueError: for a number outside its range, an unknown rule, or, in `update`, a gradient tree that does not fit.
+      TypeError: for what is no number, no scalar and no schedule.
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), Algorithm 1 and §3.
+    """
+    hypers = {name: Hyperparameter(name, b, "[0, 1)") for name, b in [("b1", b1), ("b2", b2)] if b is not None}
+    if nu_rule in ("belief", "infinity"):
+        hypers["nu_eps"] = Hyperparameter("nu_eps", nu_eps, "[0, inf)")
+    Hyperparameter("nu_init", nu_init, "[0, inf)")
+    expect_one_of("mu_rule", mu_rule, ("mean", "sum"))
+    expect_one_of("nu_rule", nu_rule, tuple(NU_RULES))
+    if not callable(blocks):
+        expect_one_of("blocks", blocks, (None, "leaf", "output"))
+    rule = NU_RULES[nu_rule]
+    rest = storage.resting(mu_dtype, "mu_dtype")
+
+    def init(params: PyTree) -> TrackMomentsState:
+        scalars = scalar_dtype(params)
+
+        def zero_mu(p: Any) -> Array:
+            return rest.narrow(jnp.zeros(jnp.shape(p), wide_dtype(p)))
+
+        def first_nu(path: Any, p: Any) -> Array | None:
+            return jnp.full(_shared_shape(blocks, path, p), nu_init, real_dtype(p)) if takes_part(p) else None
+
+        return TrackMomentsState(
+            count=jnp.zeros((), jnp.int32),
+            mu=None if b1 is None else like_params(zero_mu, params),
+            nu=None if b2 is None else jax.tree_util.tree_map_with_path(first_nu, params),
+            mu_weight=Weight.zero(scalars),
+            nu_weight=Weight.zero(scalars),
+            hyperparams=first_values(hypers, scalars),
+        )
+
+    def update(grads: Any, state: TrackMomentsState, params: Any, context: Context) -> tuple[Moments, TrackMomentsState]:
+        scalars = state.mu_weight.high.dtype
+        values = {name: h.at(state.count) for name, h in hypers.items()}
+        used = {name: cast(value, scalars) for name, value in values.items()}
+        zero, one = jnp.zeros((), scalars), jnp.ones((), scalars)
+        mu_decay, mu_rate = (zero, one) if b1 is None else (used["b1"], complement(values["b1"], scalars))
+        nu_decay, nu_rate = (zero, one) if b2 is None else (used["b2"], complement(values["b2"], scalars))
+        if mu_rule == "sum":
+            mu_rate = one
+        if nu_delay:
+            first = state.count == 0
+            nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
+
+        def moment(grad: Any, mu: Array | None) -> Array:
+            g = widen(grad)
+            if mu is None:
+                return jnp.where(first, jnp.zeros_like(g), g) if nu_delay else g
+            mu = rest.widen(mu, g.dtype)
+            return times(mu, mu_decay) + g if mu_rule == "sum" else lerp(mu, g, mu_rate)
+
+        def second_moment(grad: Any, mu: Array, nu: Array) -> Array:
+            seen = rule.sees(widen(grad), mu)
+            shared = tuple(axis for axis, size in enumerate(nu.shape) if size != seen.shape[axis])
+            if shared:
+                seen = jnp.mean(seen, shared, keepdims=True)
+            return rule.moves(nu, seen, *(s.astype(nu.dtype) for s in (nu_decay, nu_rate, used.get("nu_eps", zero))))
+
+        mu = lift(moment, grads, mu=state.mu)
+        nu = None if b2 is None else lift(second_moment, grads, free=() if blocks is None else ("nu",), mu=mu, nu=state.nu)
+        mu_weight = state.mu_weight.grow(mu_rate)
+        nu_weight = state.nu_weight.grow(nu_rate if rule.weighs else one)
+        count = increment(state.count)
+        moments = Moments(
+            grad=grads,
+            mu=mu,
+            nu=state.nu if nu_delay else nu,
+            mu_weight=mu_weight.high,
+            nu_weight=one if nu_delay else nu_weight.high,
+            mu_decay=mu_decay,
+            mu_rate=mu_rate,
+            nu_rate=nu_rate,
+            count=count,
+        )
+        resting = None if b1 is None else like_params(rest.narrow, mu)
+        return moments, TrackMomentsState(count, resting, at_rest(nu), mu_weight, nu_weight, used)
+
+    return init, update
+
+
+def _shared_shape(blocks: Blocks | None, path: Any, leaf: Any) -> tuple[int, ...]:
+    """The shape of a leaf's ν: 1 along every axis that a block spans."""
+    shape = jnp.shape(leaf)
+    if blocks is None:
+        return shape
+    if callable(blocks):
+        axes = blocks(jax.tree_util.keystr(path), shape)
+    elif blocks == "leaf":
+        axes = tuple(range(len(shape)))
+    else:
+        axes = tuple(range(len(shape) - 1))
+    return tuple(1 if axis in axes else size for axis, size in enumerate(shape))

@@ -1,0 +1,124 @@
+"""Stages between tracking and scaling that give a member its second memory: a maximum, a slow mean, a variance."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from adam_jax import storage
+from adam_jax._chain import Context, Init, Update, stage, stateless
+from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
+from adam_jax._moments import Moments, expect_moments
+from adam_jax._tree import PyTree, at_rest, lerp, lift, like_params, real_dtype, scalar_dtype, square, times, wide_dtype, widen
+
+
+class KeepMaximumState(NamedTuple):
+    """State of `keep_maximum`: the largest ν so far, of each element."""
+
+    nu_max: PyTree
+
+
+@stage(takes="moments", gives="moments")
+def keep_maximum() -> tuple[Init, Update]:
+    """Replaces ν by the largest it has been.
+
+        nu_max ← max(nu_max, nu)
+
+    Behind `correct_bias()` it is the maximum of corrected moments (Optax); before it, of raw ones, corrected by the present
+    weight (PyTorch). The paper corrects nothing.
+
+    Source: Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond" (2018), Algorithm 2.
+    """
+
+    def init(params: PyTree) -> KeepMaximumState:
+        return KeepMaximumState(like_params(lambda p: jnp.zeros(jnp.shape(p), real_dtype(p)), params))
+
+    def update(updates: Any, state: KeepMaximumState, params: Any, context: Context) -> tuple[Moments, KeepMaximumState]:
+        moments = expect_moments(updates, "keep_maximum()")
+
+        def leaf(grad: Any, nu: Array, nu_max: Array) -> Array:
+            return jnp.maximum(nu, nu_max)
+
+        nu_max = lift(leaf, moments.grad, nu=moments.nu, nu_max=state.nu_max)
+        return moments._replace(nu=nu_max), KeepMaximumState(at_rest(nu_max))
+
+    return init, update
+
+
+class MixSlowMeanState(NamedTuple):
+    """State of `mix_slow_mean`.
+
+    Attributes:
+      step: steps taken, int32.
+      mu_slow: the slow first moment at rest.
+      hyperparams: the values that the last step used.
+    """
+
+    step: Array
+    mu_slow: PyTree
+    hyperparams: dict[str, Array]
+
+
+@stage(takes="moments", gives="moments")
+def mix_slow_mean(
+    b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, *, mu_dtype: Any = None
+) -> tuple[Init, Update]:
+    """Adds a second, slow first moment, which is not corrected for its bias.
+
+        mu_slow ← mu_slow + (1 − b3)·(g − mu_slow)
+        mu ← mu + alpha·mu_slow
+
+    Args:
+      b3: decay of the slow moment, in [0, 1).
+      alpha: its share, ≥ 0.
+      mu_dtype: as in `track_moments`.
+
+    Source: Pagliardini, Ablin & Grangier, "The AdEMAMix Optimizer" (2024), §3.
+    """
+    hypers = {"b3": Hyperparameter("b3", b3, "[0, 1)"), "alpha": Hyperparameter("alpha", alpha, "[0, inf)")}
+    rest = storage.resting(mu_dtype, "mu_dtype")
+
+    def init(params: PyTree) -> MixSlowMeanState:
+        slow = like_params(lambda p: rest.narrow(jnp.zeros(jnp.shape(p), wide_dtype(p))), params)
+        return MixSlowMeanState(jnp.zeros((), jnp.int32), slow, first_values(hypers, scalar_dtype(params)))
+
+    def update(updates: Any, state: MixSlowMeanState, params: Any, context: Context) -> tuple[Moments, MixSlowMeanState]:
+        moments = expect_moments(updates, "mix_slow_mean()")
+        scalars = moments.mu_weight.dtype
+        values = {name: h.at(state.step) for name, h in hypers.items()}
+        used = {name: cast(value, scalars) for name, value in values.items()}
+        rate = complement(values["b3"], scalars)
+
+        def leaf(grad: Any, mu: Array, mu_slow: Array) -> tuple[Array, Array]:
+            slow = lerp(rest.widen(mu_slow, mu.dtype), widen(grad), rate)
+            return mu + times(slow, used["alpha"]), rest.narrow(slow)
+
+        mu, slow = lift(leaf, moments.grad, outputs=2, mu=moments.mu, mu_slow=state.mu_slow)
+        return moments._replace(mu=mu), MixSlowMeanState(increment(state.step), slow, used)
+
+    return init, update
+
+
+@stage(takes="moments", gives="moments")
+def center() -> tuple[Init, Update]:
+    """Makes of ν the variance, and of μ the gradient again.
+
+        nu ← max(nu − |mu|², 0)          mu ← g
+
+    The maximum, which other frameworks leave out, keeps a rounding error below zero from becoming NaN.
+
+    Source: Graves, "Generating Sequences With Recurrent Neural Networks" (2013), §4.2, equations 38 to 45.
+    """
+
+    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
+        moments = expect_moments(updates, "center()")
+
+        def leaf(grad: Any, mu: Array, nu: Array) -> tuple[Array, Array]:
+            return widen(grad), jnp.maximum(nu - square(mu), 0)
+
+        mu, nu = lift(leaf, moments.grad, outputs=2, mu=moments.mu, nu=moments.nu)
+        return moments._replace(mu=mu, nu=nu, mu_weight=jnp.ones_like(moments.mu_weight)), state
+
+    return stateless, update

@@ -1,0 +1,198 @@
+"""From `Moments` to plain updates: the quotient and what may replace it, and what rescales a whole leaf after it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from adam_jax._chain import Context, Init, Update, stage, stateless
+from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment
+from adam_jax._moments import expect_moments
+from adam_jax._tree import PyTree, as_wide, expect_params, lift, over, scalar_dtype, square, times, widen
+
+
+class ScaleByMomentsState(NamedTuple):
+    """State of `scale_by_moments`: the values that the last step used."""
+
+    hyperparams: dict[str, Array]
+
+
+@stage(takes="moments", gives="updates")
+def scale_by_moments(
+    eps: ScalarOrSchedule = 1e-8, eps_root: ScalarOrSchedule = 0.0, *, floor: bool = False, root: bool = True
+) -> tuple[Init, Update]:
+    """The quotient that is Adam: the mean gradient in units of its root mean square.
+
+        update = mu / (√(nu + eps_root) + eps)
+
+    The updates are float32 or wider. An ε of 0 counts as 2⁻⁶³ (float32), the root of the smallest normal number: 0/0 does
+    not appear, and a gradient whose square underflows makes a bounded step.
+
+    Args:
+      eps: what is added outside the root, in units of the gradient, ≥ 0.
+      eps_root: what is added inside, in units of its square, ≥ 0. With one above 0, an update can be differentiated where
+        the gradient is 0.
+      floor: take max(√(nu + eps_root), eps) for the denominator instead of the sum.
+      root: whether ν is in units of the gradient's square. Without, ν itself stands where its root does: AdaMax.
+
+    Raises:
+      ValueError: for an ε below 0 or NaN.
+
+    Source: Kingma & Ba (2015), Algorithm 1. The paper's efficient form (end of §2) divides ε by √(1 − b2ᵗ), as TensorFlow
+    and Keras do; PyTorch and Optax have this one.
+    """
+    hypers = {"eps": Hyperparameter("eps", eps, "[0, inf)"), "eps_root": Hyperparameter("eps_root", eps_root, "[0, inf)")}
+
+    def init(params: PyTree) -> ScaleByMomentsState:
+        return ScaleByMomentsState(first_values(hypers, scalar_dtype(params)))
+
+    def update(updates: Any, state: ScaleByMomentsState, params: Any, context: Context) -> tuple[PyTree, ScaleByMomentsState]:
+        moments = expect_moments(updates, "scale_by_moments()")
+        used = {name: cast(h.at(moments.count - 1), moments.mu_weight.dtype) for name, h in hypers.items()}
+
+        def leaf(grad: Any, mu: Array, nu: Array) -> Array:
+            least = 2.0 ** (jnp.finfo(nu.dtype).minexp // 2)
+            outside = jnp.maximum(used["eps"].astype(nu.dtype), least)
+            inside = nu + used["eps_root"].astype(nu.dtype)
+            size = jnp.sqrt(inside) if root else inside
+            scaled = over(mu, jnp.maximum(size, outside) if floor else size + outside)
+            return scaled if moments.nu_ready is None else jnp.where(moments.nu_ready, scaled, mu)
+
+        return lift(leaf, moments.grad, free=("nu",), mu=moments.mu, nu=moments.nu), ScaleByMomentsState(used)
+
+    return init, update
+
+
+@stage(takes="moments", gives="updates")
+def scale_by_atan2(*, a: float = 1.0, b: float = 1.0) -> tuple[Init, Update]:
+    """Adam's quotient as an angle, which needs no ε: where both moments are 0 the angle is 0.
+
+        update = a·atan2(mu, b·√nu)
+
+    Close to a/b·mu/√nu where that is small, and never larger than a·π/2. A complex μ keeps its phase.
+
+    Args:
+      a: factor outside, > 0.
+      b: factor inside, > 0.
+
+    Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers" (2024), §4.3.
+    """
+    Hyperparameter("a", a, "(0, inf)")
+    Hyperparameter("b", b, "(0, inf)")
+
+    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, Any]:
+        moments = expect_moments(updates, "scale_by_atan2()")
+
+        def leaf(grad: Any, mu: Array, nu: Array) -> Array:
+            below = b * jnp.sqrt(nu)
+            if not jnp.iscomplexobj(mu):
+                return a * jnp.arctan2(mu, below)
+            size = jnp.abs(mu)
+            return times(over(mu, jnp.where(size == 0, 1, size)), a * jnp.arctan2(size, below))
+
+        return lift(leaf, moments.grad, mu=moments.mu, nu=moments.nu), state
+
+    return stateless, update
+
+
+@stage(takes="moments", gives="updates")
+def take_mu(*, nesterov: bool = False) -> tuple[Init, Update]:
+    """The first moment itself as the update: momentum.
+
+        update = mu                              or, with nesterov,
+        update = mu_decay·mu + mu_rate·g         what μ would be, did the same gradient come once more
+
+    Args:
+      nesterov: whether to look ahead.
+
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013), §2.
+    """
+
+    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, Any]:
+        moments = expect_moments(updates, "take_mu()")
+
+        def ahead(grad: Any, mu: Array) -> Array:
+            return times(mu, moments.mu_decay) + times(widen(grad), moments.mu_rate) if nesterov else mu
+
+        return lift(ahead, moments.grad, mu=moments.mu), state
+
+    return stateless, update
+
+
+class ClipElementsState(NamedTuple):
+    """State of `clip_elements`.
+
+    Attributes:
+      step: steps taken, int32.
+      hyperparams: the limit that the last step used.
+    """
+
+    step: Array
+    hyperparams: dict[str, Array]
+
+
+@stage(takes="updates", gives="updates", rate="before")
+def clip_elements(limit: ScalarOrSchedule) -> tuple[Init, Update]:
+    """Limits every element of the updates to ±limit; a complex one to that absolute value.
+
+    Args:
+      limit: ≥ 0.
+
+    Source: Taniguchi et al., "ADOPT" (2024), Algorithm 2.
+    """
+    hypers = {"limit": Hyperparameter("limit", limit, "[0, inf)")}
+
+    def init(params: PyTree) -> ClipElementsState:
+        return ClipElementsState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+
+    def update(updates: Any, state: ClipElementsState, params: Any, context: Context) -> tuple[PyTree, ClipElementsState]:
+        used = cast(hypers["limit"].at(state.step), state.hyperparams["limit"].dtype)
+
+        def leaf(update: Any) -> Array:
+            update = as_wide(update)
+            if jnp.iscomplexobj(update):
+                size = jnp.abs(update)
+                return times(update, jnp.where(size > used, used / jnp.where(size == 0, 1, size), 1))
+            most = used.astype(update.dtype)
+            return jnp.clip(update, -most, most)
+
+        return lift(leaf, updates), ClipElementsState(increment(state.step), {"limit": used})
+
+    return init, update
+
+
+def leaf_norm(x: Array) -> Array:
+    """The Euclidean norm of a leaf, without overflow in the squares."""
+    largest = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    return unit * jnp.sqrt(jnp.sum(square(over(x, unit))))
+
+
+@stage(takes="updates", gives="updates", rate="before")
+def scale_by_trust_ratio() -> tuple[Init, Update]:
+    """Gives each leaf's update the norm of its parameter.
+
+        update ← update·‖params‖ / ‖update‖          where neither norm is 0, else unchanged
+
+    Norms are Euclidean, of a leaf, in float32 or wider.
+
+    Raises:
+      ValueError: in `update`, without `params`.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (2020), Algorithm 2, with
+    φ the identity.
+    """
+
+    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, Any]:
+        expect_params(params, "scale_by_trust_ratio()")
+
+        def leaf(update: Any, param: Any) -> Array:
+            size, length = leaf_norm(as_wide(param)), leaf_norm(as_wide(update))
+            known = (size > 0) & (length > 0)
+            return times(as_wide(update), jnp.where(known, size / jnp.where(known, length, 1), 1))
+
+        return lift(leaf, updates, params=params), state
+
+    return stateless, update

@@ -1,0 +1,189 @@
+"""Leaves: which ones have moments, how wide they are computed, and mathematics written once for a leaf and lifted to trees.
+
+Three kinds of leaf travel through every stage. A floating or complex leaf takes part. `None` and `optax.MaskedNode` are
+empty subtrees to JAX and so are never seen. An integer leaf, whose gradient is `float0`, is handed on as it came and has
+`None` in the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, dtypes
+
+PyTree: TypeAlias = Any
+
+
+def takes_part(leaf: Any) -> bool:
+    """Whether a leaf has a gradient that can be averaged: floating or complex, of any width."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def wide_dtype(leaf: Any) -> Any:
+    """The dtype a leaf is computed in: its own, but never narrower than float32."""
+    dtype = jnp.result_type(leaf)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def real_dtype(leaf: Any) -> Any:
+    """The real dtype a leaf's ν and scalars have: that of its parts where it is complex."""
+    return jnp.finfo(wide_dtype(leaf)).dtype
+
+
+def scalar_dtype(tree: PyTree) -> Any:
+    """The dtype of a stage's scalars: float64 if any leaf is, else float32, whatever else the tree holds."""
+    wide = (real_dtype(leaf) for leaf in jax.tree.leaves(tree) if takes_part(leaf))
+    return jnp.dtype(jnp.float64) if any(dtype == jnp.float64 for dtype in wide) else jnp.dtype(jnp.float32)
+
+
+def as_wide(leaf: Any) -> Array:
+    """A leaf in the dtype it is computed in."""
+    return jnp.asarray(leaf).astype(wide_dtype(leaf))
+
+
+def widen(grad: Any) -> Array:
+    """A gradient leaf in its computing dtype, saturated where its square would overflow.
+
+    Without the limit (2⁶² ≈ 4.6e18 in float32) one gradient of 1e20 makes ν infinite, and the parameter never moves again.
+    The same limited value feeds both moments, so the step keeps its bound. NaN stays NaN, and so does an infinity, which
+    is no large number but the trace of an error: the second term is 0 for every finite gradient and NaN for those.
+    """
+    g = as_wide(grad)
+    if jnp.finfo(jnp.result_type(grad)).maxexp < 32:
+        return g + g * 0  # float16: its largest square, 4.3e9, needs no limit
+    largest = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 2)
+    if jnp.iscomplexobj(g):
+        clipped = jax.lax.complex(jnp.clip(g.real, -largest, largest), jnp.clip(g.imag, -largest, largest))
+        return clipped + g * 0
+    return jnp.clip(g, -largest, largest) + g * 0
+
+
+def square(x: Array) -> Array:
+    """|x|², real."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+def times(x: Array, factor: Array) -> Array:
+    """x·factor for a real factor of any float dtype, also where x is complex (strict promotion does not mix the two)."""
+    factor = factor.astype(jnp.finfo(x.dtype).dtype)
+    return jax.lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
+
+
+def over(x: Array, divisor: Array) -> Array:
+    """x/divisor for a real divisor; complex division would square it, and overflow."""
+    divisor = divisor.astype(jnp.finfo(x.dtype).dtype)
+    return jax.lax.complex(x.real / divisor, x.imag / divisor) if jnp.iscomplexobj(x) else x / divisor
+
+
+def lerp(average: Array, x: Array, rate: Array) -> Array:
+    """average + rate·(x − average): the form of an average whose rounding errors do not grow with time."""
+    return average + times(x - average, rate)
+
+
+def like_params(make: Callable[[Any], Any], params: PyTree) -> PyTree:
+    """A state tree: `make(leaf)` where a leaf takes part, `None` where it does not."""
+    return jax.tree.map(lambda p: make(p) if takes_part(p) else None, params)
+
+
+def at_rest(tree: PyTree) -> PyTree:
+    """A tree of moments as a state holds it: without the leaves that take no part."""
+    return like_params(lambda leaf: leaf, tree)
+
+
+def lift(f: Callable[..., Any], updates: PyTree, /, *, outputs: int = 1, free: tuple[str, ...] = (), **others: PyTree) -> Any:
+    """Applies a leaf's mathematics to trees, and is where trees that do not fit are refused.
+
+    Args:
+      f: takes a leaf of `updates` and, by position, the leaves of the other trees at its place.
+      updates: the tree whose structure and shapes the others must have.
+      outputs: how many trees `f` makes. The first stands where `updates` stood: leaves that take no part are handed on in
+        it, and are `None` in the rest.
+      free: names among `others` whose leaves may be 1 along any axis (a ν that a block shares).
+      **others: trees under the names that an error message gives them; `None` stands for a tree that is not there.
+
+    Raises:
+      ValueError: where the trees differ, with the path of the leaf, both shapes, and what to do.
+    """
+    located, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    columns = []
+    for name, other in others.items():
+        if other is None and located:
+            columns.append([None] * len(located))
+            continue
+        try:
+            column = treedef.flatten_up_to(other)
+        except (ValueError, TypeError):
+            column = None
+        if column is None or not _fits(located, column, name in free):
+            raise ValueError(_misfit(located, updates, name, other, name in free))
+        columns.append(column)
+    rows = []
+    for (_, leaf), *rest in zip(located, *columns, strict=True):
+        if takes_part(leaf):
+            made = f(leaf, *rest)
+            rows.append((made,) if outputs == 1 else made)
+        else:
+            rows.append((leaf,) + (None,) * (outputs - 1))
+    trees = tuple(treedef.unflatten([row[i] for row in rows]) for i in range(outputs))
+    return trees[0] if outputs == 1 else trees
+
+
+def _fits(located: list[Any], column: list[Any], free: bool) -> bool:
+    return all(not takes_part(leaf) or _matches(leaf, other, free) for (_, leaf), other in zip(located, column, strict=True))
+
+
+def _matches(leaf: Any, other: Any, free: bool) -> bool:
+    if isinstance(other, bool):
+        return True  # a flag of the leaf, not an array
+    if not (hasattr(other, "shape") or jnp.isscalar(other)):
+        return False
+    shape, found = jnp.shape(leaf), jnp.shape(other)
+    return shape == found or (free and len(shape) == len(found) and all(n in (1, m) for n, m in zip(found, shape, strict=True)))
+
+
+def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free: bool) -> str:
+    remedy = (
+        "Shapes are never broadcast. Pass gradients of the very parameters that `init` was given, "
+        "or call `init` again for the new ones."
+    )
+    found = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in located if takes_part(leaf)}
+    wanted = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(other)[0]}
+    for path, shape in found.items():
+        if path in wanted and wanted[path] != shape and not (free and len(shape) == len(wanted[path])):
+            return f"at leaf '{path}' the gradient has shape {shape}, but {name} has shape {wanted[path]}. {remedy}"
+    extra, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
+    says = [f"leaves with a gradient that {name} does not have: {_some(extra)}"] if extra else []
+    says += [f"leaves of {name} without a gradient: {_some(missing)}"] if missing else []
+    if not says:
+        says = [f"the gradients are {jax.tree.structure(updates)}, {name} is {jax.tree.structure(other)}"]
+    return f"the gradients' tree is not that of {name}: {'; '.join(says)}. {remedy}"
+
+
+def _some(paths: list[str]) -> str:
+    shown = ", ".join(f"'{path}'" for path in paths[:3])
+    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def expect_params(params: PyTree | None, who: str) -> PyTree:
+    """`params`, if they are there."""
+    if params is None:
+        raise ValueError(f"{who} needs the parameters, and `update` was called without: call update(grads, state, params).")
+    return params
+
+
+def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None) -> PyTree:
+    """Rounds f32 updates, once, to the dtypes of `gradient`.
+
+    Where a leaf is an integer and its parameter is known, its update becomes a zero of the parameter's dtype: `float0`
+    cannot be added, and `optax.apply_updates` would stop at it.
+    """
+
+    def leaf(u: Any, g: Any, p: Any = None) -> Any:
+        if takes_part(u):
+            return u.astype(jnp.result_type(g))
+        return jnp.zeros(jnp.shape(u), jnp.result_type(p)) if p is not None and u.dtype == dtypes.float0 else u
+
+    return jax.tree.map(leaf, updates, gradient, *([] if params is None else [params]))
