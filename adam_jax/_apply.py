@@ -50,7 +50,8 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> tuple[Init, Updat
     ) -> tuple[PyTree, ScaleByLearningRateState]:
         scalars = state.hyperparams["learning_rate"].dtype
         rate = cast(hypers["learning_rate"].at(state.step), scalars)
-        updates = lift(lambda update: times(as_wide(update), -rate), updates)
+        downhill = -rate
+        updates = lift(lambda update: times(as_wide(update), downhill), updates)
         if not context.inside and params is not None:
             # In optax.chain no one else rounds the step to the parameters' dtype, and there this is its usual last stage.
             updates = narrow(updates, params, params)

@@ -19,7 +19,6 @@ from adam_jax._chain import Context, Init, Update, stage
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, expect_one_of, first_values, increment
 from adam_jax._tree import (
     PyTree,
-    at_rest,
     lerp,
     lift,
     like_params,
@@ -226,22 +225,26 @@ def track_moments(
             first = state.count == 0
             nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
 
-        def moment(grad: Any, mu: Array | None) -> Array:
-            g = widen(grad)
+        def moment(g: Array, mu: Array | None) -> Array:
             if mu is None:
                 return jnp.where(first, jnp.zeros_like(g), g) if nu_delay else g
             mu = rest.widen(mu, g.dtype)
             return times(mu, mu_decay) + g if mu_rule == "sum" else lerp(mu, g, mu_rate)
 
-        def second_moment(grad: Any, mu: Array, nu: Array) -> Array:
-            seen = rule.sees(widen(grad), mu)
+        def second_moment(g: Array, mu: Array, nu: Array) -> Array:
+            seen = rule.sees(g, mu)
             shared = tuple(axis for axis, size in enumerate(nu.shape) if size != seen.shape[axis])
             if shared:
                 seen = jnp.mean(seen, shared, keepdims=True)
             return rule.moves(nu, seen, *(s.astype(nu.dtype) for s in (nu_decay, nu_rate, used.get("nu_eps", zero))))
 
-        mu = lift(moment, grads, mu=state.mu)
-        nu = None if b2 is None else lift(second_moment, grads, free=() if blocks is None else ("nu",), mu=mu, nu=state.nu)
+        def leaf(grad: Any, mu: Array | None, nu: Array | None) -> tuple[Array, Array | None]:
+            g = widen(grad)
+            mu = moment(g, mu)
+            return mu, None if nu is None else second_moment(g, mu, nu)
+
+        mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), mu=state.mu, nu=state.nu)
+        nu = nu if b2 is not None else None
         mu_weight = state.mu_weight.grow(mu_rate)
         nu_weight = state.nu_weight.grow(nu_rate if rule.weighs else one)
         count = increment(state.count)
@@ -257,7 +260,7 @@ def track_moments(
             count=count,
         )
         resting = None if b1 is None else like_params(rest.narrow, mu)
-        return moments, TrackMomentsState(count, resting, at_rest(nu), mu_weight, nu_weight, used)
+        return moments, TrackMomentsState(count, resting, nu, mu_weight, nu_weight, used)
 
     return init, update
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from adam_jax._chain import Context, Init, Update, stage, stateless
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment
@@ -54,10 +54,11 @@ def scale_by_moments(
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
             least = 2.0 ** (jnp.finfo(nu.dtype).minexp // 2)
-            outside = jnp.maximum(used["eps"].astype(nu.dtype), least)
-            inside = nu + used["eps_root"].astype(nu.dtype)
-            size = jnp.sqrt(inside) if root else inside
-            scaled = over(mu, jnp.maximum(size, outside) if floor else size + outside)
+            outside = eps if isinstance(eps, float) and eps > least else jnp.maximum(used["eps"].astype(nu.dtype), least)
+            if not (isinstance(eps_root, (int, float)) and eps_root == 0):
+                nu = nu + used["eps_root"].astype(nu.dtype)
+            size = lax.sqrt(nu) if root else nu
+            scaled = over(mu, lax.max(size, outside) if floor else lax.add(size, outside))
             return scaled if moments.nu_ready is None else jnp.where(moments.nu_ready, scaled, mu)
 
         return lift(leaf, moments.grad, free=("nu",), mu=moments.mu, nu=moments.nu), ScaleByMomentsState(used)
