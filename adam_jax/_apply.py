@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from optax import apply_updates as apply_updates
 
-from adam_jax._chain import Context, Init, Update, stage
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment, peak
+from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import PyTree, as_wide, expect_params, lift, narrow, scalar_dtype, times, wide_dtype
 
 Mask: TypeAlias = Literal["matrices"] | PyTree | Callable[[PyTree], PyTree]

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax._chain import Context, Init, Update, stage, stateless
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
 from adam_jax._moments import Moments, Weight, expect_moments
+from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import PyTree, lift, over, scalar_dtype, times, widen
 
 

@@ -30,7 +30,7 @@ class Hyperparameter:
         looked at, and is not.
     """
 
-    def __init__(self, name: str, value: Any, within: str = "(-inf, inf)"):
+    def __init__(self, name: str, value: Any, within: str = "(-inf, inf)") -> None:
         self.name = name
         self.value = value
         self.within = within
@@ -96,7 +96,7 @@ def expect_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
 
 
 def increment(count: Array) -> Array:
-    """count + 1, staying at the largest int32 instead of wrapping to a negative one."""
+    """Count + 1, staying at the largest int32 instead of wrapping to a negative one."""
     return jnp.minimum(count, np.int32(np.iinfo(np.int32).max - 1)) + np.int32(1)
 
 

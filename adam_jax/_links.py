@@ -8,10 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax._chain import Context, Init, Update, stage, stateless
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
 from adam_jax._moments import Moments, Weight
-from adam_jax._tree import PyTree, as_wide, expect_params, lerp, lift, like_params, scalar_dtype, square, times, wide_dtype, widen
+from adam_jax._transformation import Context, Init, Update, stage, stateless
+from adam_jax._tree import (
+    PyTree,
+    as_wide,
+    expect_params,
+    finfo,
+    lerp,
+    lift,
+    like_params,
+    scalar_dtype,
+    square,
+    times,
+    wide_dtype,
+    widen,
+)
 
 
 @stage(takes="updates", gives="updates")
@@ -92,10 +105,10 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
 
         def shortened(x: Array, rms: Array) -> Array:
             limit = most.astype(rms.dtype)
-            return times(x, limit / jnp.maximum(jnp.maximum(rms, limit), jnp.finfo(rms.dtype).tiny))
+            return times(x, limit / jnp.maximum(jnp.maximum(rms, limit), finfo(rms.dtype).tiny))
 
         def moment(grad: Any, mu: Array, nu: Array) -> Array:
-            least = 2.0 ** (jnp.finfo(nu.dtype).minexp // 2)
+            least = 2.0 ** (finfo(nu.dtype).minexp // 2)
             return shortened(mu, jnp.sqrt(_mean(square(widen(grad)) / jnp.maximum(nu, least**2))))
 
         def plain(update: Any) -> Array:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax import storage
-from adam_jax._chain import Context, Init, Update, stage
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, expect_one_of, first_values, increment
+from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import (
     PyTree,
     lerp,
@@ -60,7 +60,7 @@ class Moments(NamedTuple):
     mu_decay: Array
     mu_rate: Array
     nu_rate: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # tuple.count is never called
     nu_ready: Array | None = None
 
 
@@ -133,7 +133,7 @@ class TrackMomentsState(NamedTuple):
       hyperparams: the values that the last step used.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # tuple.count is never called
     mu: PyTree
     nu: PyTree
     mu_weight: Weight

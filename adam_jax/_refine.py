@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax import storage
-from adam_jax._chain import Context, Init, Update, stage, stateless
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
 from adam_jax._moments import Moments, expect_moments
+from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import PyTree, at_rest, lerp, lift, like_params, real_dtype, scalar_dtype, square, times, wide_dtype, widen
 
 
@@ -62,9 +62,7 @@ class MixSlowMeanState(NamedTuple):
 
 
 @stage(takes="moments", gives="moments")
-def mix_slow_mean(
-    b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, *, mu_dtype: Any = None
-) -> tuple[Init, Update]:
+def mix_slow_mean(b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, *, mu_dtype: Any = None) -> tuple[Init, Update]:
     """Adds a second, slow first moment, which is not corrected for its bias.
 
         mu_slow ← mu_slow + (1 − b3)·(g − mu_slow)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from adam_jax._chain import Context, Init, Update, stage, stateless
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment
 from adam_jax._moments import expect_moments
-from adam_jax._tree import PyTree, as_wide, expect_params, lift, over, scalar_dtype, square, times, widen
+from adam_jax._transformation import Context, Init, Update, stage, stateless
+from adam_jax._tree import PyTree, as_wide, expect_params, finfo, lift, over, scalar_dtype, square, times, widen
 
 
 class ScaleByMomentsState(NamedTuple):
@@ -53,7 +53,7 @@ def scale_by_moments(
         used = {name: cast(h.at(moments.count - 1), moments.mu_weight.dtype) for name, h in hypers.items()}
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
-            least = 2.0 ** (jnp.finfo(nu.dtype).minexp // 2)
+            least = 2.0 ** (finfo(nu.dtype).minexp // 2)
             outside = eps if isinstance(eps, float) and eps > least else jnp.maximum(used["eps"].astype(nu.dtype), least)
             if not (isinstance(eps_root, (int, float)) and eps_root == 0):
                 nu = nu + used["eps_root"].astype(nu.dtype)

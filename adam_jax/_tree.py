@@ -18,6 +18,11 @@ from jax import Array, dtypes, lax
 PyTree: TypeAlias = Any
 
 
+def finfo(dtype: Any) -> Any:
+    """`jnp.finfo`, which also knows bfloat16 and the complex dtypes."""
+    return jnp.finfo(dtype)  # type: ignore[no-untyped-call]
+
+
 def dtype_of(leaf: Any) -> Any:
     """The dtype of an array, or the one that JAX gives to a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
@@ -31,12 +36,12 @@ def takes_part(leaf: Any) -> bool:
 def wide_dtype(leaf: Any) -> Any:
     """The dtype a leaf is computed in: its own, but never narrower than float32."""
     dtype = dtype_of(leaf)
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    return dtype if finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def real_dtype(leaf: Any) -> Any:
     """The real dtype a leaf's ν and scalars have: that of its parts where it is complex."""
-    return jnp.finfo(wide_dtype(leaf)).dtype
+    return finfo(wide_dtype(leaf)).dtype
 
 
 def scalar_dtype(tree: PyTree) -> Any:
@@ -59,9 +64,9 @@ def widen(grad: Any) -> Array:
     stays NaN.
     """
     g = as_wide(grad)
-    if jnp.finfo(dtype_of(grad)).maxexp < 32:
+    if finfo(dtype_of(grad)).maxexp < 32:
         return g  # float16: its largest square, 4.3e9, needs no limit
-    real = jnp.finfo(g.dtype)
+    real = finfo(g.dtype)
     largest = np.asarray(2.0 ** (real.maxexp // 2 - 2), real.dtype)
     if jnp.iscomplexobj(g):
         return lax.complex(lax.clamp(-largest, lax.real(g), largest), lax.clamp(-largest, lax.imag(g), largest))
@@ -94,7 +99,7 @@ def _on_parts(f: Callable[[Any, Any], Array], x: Array, real: Array) -> Array:
 
 
 def lerp(average: Array, x: Array, rate: Array) -> Array:
-    """average + rate·(x − average): the form of an average whose rounding errors do not grow with time."""
+    """Average + rate·(x − average): the form of an average whose rounding errors do not grow with time."""
     return lax.add(average, times(lax.sub(x, average), rate))
 
 
@@ -122,14 +127,14 @@ def lift(f: Callable[..., Any], updates: PyTree, /, *, outputs: int = 1, free: t
     Raises:
       ValueError: where the trees differ, with the path of the leaf, both shapes, and what to do.
     """
-    located, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    located, structure = _located(updates)
     columns = []
     for name, other in others.items():
         if other is None and located:
             columns.append([None] * len(located))
             continue
         try:
-            column = treedef.flatten_up_to(other)
+            column = structure.flatten_up_to(other)
         except (ValueError, TypeError):
             column = None
         if column is None or not _fits(located, column, name in free):
@@ -142,8 +147,12 @@ def lift(f: Callable[..., Any], updates: PyTree, /, *, outputs: int = 1, free: t
             rows.append((made,) if outputs == 1 else made)
         else:
             rows.append((leaf,) + (None,) * (outputs - 1))
-    trees = tuple(treedef.unflatten([row[i] for row in rows]) for i in range(outputs))
+    trees = tuple(structure.unflatten([row[i] for row in rows]) for i in range(outputs))
     return trees[0] if outputs == 1 else trees
+
+
+def _located(tree: PyTree) -> tuple[list[Any], Any]:
+    return jax.tree_util.tree_flatten_with_path(tree)
 
 
 def _fits(located: list[Any], column: list[Any], free: bool) -> bool:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from adam_jax._apply import Mask, add_decayed_weights, scale_by_learning_rate
 from adam_jax._bias import correct_bias, look_ahead, rectify
-from adam_jax._chain import Transformation, chain, recipe
+from adam_jax._chain import chain
 from adam_jax._hyperparams import ScalarOrSchedule, expect_one_of
 from adam_jax._moments import Blocks, track_moments
 from adam_jax._refine import center, keep_maximum, mix_slow_mean
 from adam_jax._scale import clip_elements, scale_by_atan2, scale_by_moments, scale_by_trust_ratio, take_mu
+from adam_jax._transformation import Transformation, recipe
 
 __all__ = [
     "adam",
@@ -385,10 +386,16 @@ def momentum(
     Elsewhere: PyTorch's SGD with dampening=0 is the sum; with dampening=momentum it is the mean, uncorrected.
     """
     if dampened:
-        tracked = (track_moments(momentum, None, mu_dtype=accumulator_dtype), *_ahead(momentum, nesterov), correct_bias(), take_mu())
+        tracked = (
+            track_moments(momentum, None, mu_dtype=accumulator_dtype),
+            *_ahead(momentum, nesterov),
+            correct_bias(),
+            take_mu(),
+        )
     else:
-        tracked = (track_moments(momentum, None, mu_rule="sum", mu_dtype=accumulator_dtype), take_mu(nesterov=nesterov))
-    return chain(*tracked, scale_by_learning_rate(learning_rate))
+        tracked = track_moments(momentum, None, mu_rule="sum", mu_dtype=accumulator_dtype)
+        direction = (tracked, take_mu(nesterov=nesterov))
+    return chain(*direction, scale_by_learning_rate(learning_rate))
 
 
 @recipe

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from adam_jax._tree import finfo
+
 
 class Resting(NamedTuple):
     """The resting form of a moment.
@@ -21,7 +23,7 @@ class Resting(NamedTuple):
         """The resting form: rounded to nearest, saturating at the largest finite number."""
         if self.dtype is None:
             return wide
-        largest = float(jnp.finfo(self.dtype).max)
+        largest = float(finfo(self.dtype).max)
         return jnp.clip(wide, -largest, largest).astype(self.dtype)
 
     def widen(self, resting: Array, dtype: Any) -> Array:

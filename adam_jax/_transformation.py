@@ -1,0 +1,227 @@
+"""Transformations as values: a stage is a function of its hyperparameters, a recipe a function that returns a chain.
+
+A stage is written as a function of its hyperparameters that returns `init` and `update`; the decorator `stage` makes of it
+an `optax.GradientTransformationExtraArgs` that prints as the call that built it, and equals and hashes like any other one
+built from equal arguments. A recipe is a function that returns a chain; the decorator `recipe` lets that chain print under
+the recipe's name. The identity lives in the two functions of the pair, not in the pair, so it survives whatever takes the
+tuple apart and builds it again, as `jax.tree.map` and Equinox's filters do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from adam_jax._tree import PyTree
+
+P = ParamSpec("P")
+
+
+class Context(NamedTuple):
+    """What a stage learns beyond the updates that its neighbour hands it.
+
+    Attributes:
+      gradient: the updates as they entered the outermost chain; outside of one, the extra argument `gradient`, if given.
+      applied: whether the learning rate is already in the updates; `None` where that cannot be known.
+      learning_rate: the rate that was applied last in this chain, a scalar array, or `None`.
+      inside: whether a chain of this package is calling. It rounds the final updates itself, so a stage need not.
+      extra: the extra arguments of `update`, for stages of others.
+    """
+
+    gradient: PyTree | None = None
+    applied: bool | None = None
+    learning_rate: Any = None
+    inside: bool = False
+    extra: Mapping[str, Any] = {}
+
+
+class Flow(NamedTuple):
+    """What a stage takes and gives, for `chain` to check.
+
+    Attributes:
+      takes: "moments", "updates" (a plain tree), or "any".
+      gives: "moments", "updates", or "same" as it took.
+      rate: "applies" for the stage that multiplies by the learning rate, and turns ascent into descent; "before" or "after"
+        for one that is right on that side of it only.
+    """
+
+    takes: Literal["moments", "updates", "any"] = "updates"
+    gives: Literal["moments", "updates", "same"] = "updates"
+    rate: Literal["applies", "before", "after"] | None = None
+
+
+Init: TypeAlias = Callable[[PyTree], PyTree]
+Update: TypeAlias = Callable[[Any, Any, Any, Context], tuple[Any, Any]]
+
+
+class Spec:
+    """One call that builds a transformation: the function that was called, its arguments, and what came of it."""
+
+    def __init__(
+        self,
+        build: Callable[..., Any],
+        arguments: inspect.BoundArguments,
+        init: Init,
+        update: Update,
+        flow: Flow,
+        stages: tuple[Any, ...] = (),
+    ) -> None:
+        self.build, self.arguments, self.flow, self.stages = build, arguments, flow, stages
+        self.init, self.update = init, update
+        self.key: Hashable = stages or (build, _freeze(arguments.arguments))
+        self.hash = hash(self.key)
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.build, self.arguments.args, self.arguments.kwargs)
+
+    def __repr__(self) -> str:
+        parameters = self.arguments.signature.parameters
+        shown = []
+        for name, value in self.arguments.arguments.items():
+            kind = parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                shown += [show(part) for part in value]
+                continue
+            main_number = isinstance(value, float) and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            if main_number or _freeze(value) != _freeze(parameters[name].default):
+                shown.append(f"{name}={show(value)}")
+        return f"{self.build.__name__}({', '.join(shown)})"
+
+
+def _rebuild(build: Callable[..., Transformation], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spec:
+    return build(*args, **kwargs).init.spec
+
+
+def _freeze(value: Any) -> Hashable:
+    """A hashable stand-in that is equal for equal arguments; a traced value equals itself alone."""
+    if isinstance(value, jax.core.Tracer):
+        return "traced", id(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        array = np.asarray(value)
+        return array.shape, str(array.dtype), array.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        leaves, treedef = jax.tree.flatten(value)
+        if leaves == [value]:
+            return "object", id(value)
+        return treedef, tuple(map(_freeze, leaves))
+    return value  # type: ignore[no-any-return]
+
+
+def show(value: Any) -> str:
+    if isinstance(value, tuple) and not isinstance(value, Transformation) and hasattr(value, "init"):
+        return f"<{type(value).__name__} of {value.init.__module__}>"
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+class _Function:
+    """`init` or `update` of a transformation; equal to that of any other transformation built from equal arguments."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.__name__ = f"{spec.build.__name__}_{type(self).__name__.strip('_').lower()}"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, _Function) and self.spec.key == other.spec.key
+
+    def __hash__(self) -> int:
+        return self.spec.hash
+
+    def __repr__(self) -> str:
+        return f"{self.spec!r}.{type(self).__name__.strip('_').lower()}"
+
+
+class _Init(_Function):
+    def __call__(self, params: PyTree) -> PyTree:
+        return self.spec.init(params)
+
+
+class _Update(_Function):
+    def __call__(self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[Any, Any]:
+        return self.spec.update(updates, state, params, Context(gradient=extra.get("gradient"), extra=extra))
+
+
+def transformation(spec: Spec) -> Transformation:
+    """The pair of functions that `spec` describes."""
+    return Transformation(_Init(spec), _Update(spec))
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An `optax.GradientTransformationExtraArgs` that is a value.
+
+    `repr` is the call that builds it; equal arguments make equal, equally hashing transformations. Two chains of equal
+    stages are equal whatever name they print under, so `adam(1e-3)` equals the chain it stands for.
+    """
+
+    __slots__ = ()
+    init: _Init
+    update: _Update
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """The parts of a chain, in order; a single stage is its own only part."""
+        return self.init.spec.stages or (self,)
+
+    @property
+    def flow(self) -> Flow:
+        """What it takes and what it gives."""
+        return self.init.spec.flow
+
+    def __repr__(self) -> str:
+        return repr(self.init.spec)
+
+
+def bind(build: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    arguments = inspect.signature(build).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    return arguments
+
+
+def stage(
+    takes: Literal["moments", "updates", "any"] = "updates",
+    gives: Literal["moments", "updates", "same"] = "same",
+    rate: Callable[..., Any] | str | None = None,
+) -> Callable[[Callable[P, tuple[Init, Update]]], Callable[P, Transformation]]:
+    """Makes a function of hyperparameters that returns `init(params)` and `update(updates, state, params, context)` a stage.
+
+    Args:
+      takes: see `Flow`.
+      gives: see `Flow`.
+      rate: see `Flow`; or a function of the stage's arguments that says it, where it depends on them.
+    """
+
+    def decorate(make: Callable[P, tuple[Init, Update]]) -> Callable[P, Transformation]:
+        @functools.wraps(make)
+        def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+            arguments = bind(make, args, kwargs)
+            side: Any = rate(**arguments.arguments) if callable(rate) else rate
+            spec = Spec(build, arguments, *make(*args, **kwargs), Flow(takes, gives, side))
+            return transformation(spec)
+
+        return build
+
+    return decorate
+
+
+def recipe(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
+    """Lets the chain that `make` returns print as a call of `make`; it stays equal to the chain."""
+
+    @functools.wraps(make)
+    def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+        of = make(*args, **kwargs).init.spec
+        spec = Spec(build, bind(make, args, kwargs), of.init, of.update, of.flow, of.stages)
+        return transformation(spec)
+
+    return build
+
+
+def stateless(params: PyTree) -> optax.EmptyState:
+    """The `init` of a stage that remembers nothing."""
+    return optax.EmptyState()
