@@ -435,7 +435,7 @@ def rmsprop(
 
 
 def _fourth_root(count: Any) -> Any:
-    return jnp.sqrt(jnp.sqrt(count.astype(jnp.float32)))
+    return jnp.sqrt(jnp.sqrt(count.astype(jnp.result_type(float))))
 
 
 @recipe
