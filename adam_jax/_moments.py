@@ -160,8 +160,8 @@ def track_moments(
         nu ← nu + (1 − b2)·(|g|² − nu)       nu_weight ← nu_weight + (1 − b2)·(1 − nu_weight)
 
     Gradients are widened to float32 first (float64 and complex stay), so the state never has a half-precision dtype unless
-    it is asked for. Beyond ±2⁶² (float32) they saturate; an infinity counts as NaN, and a NaN is not hidden: it makes the
-    moments of its element NaN, for good.
+    it is asked for. Beyond ±2⁶² (4.6e18, in float32) they saturate, infinities too, so that ν never overflows. A NaN is not
+    hidden: it makes the moments, and so the parameter, of its element NaN for good.
 
     Args:
       b1: decay of the first moment, in [0, 1); `None` tracks none, and `mu` is the gradient.

@@ -109,7 +109,7 @@ def _freeze(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         leaves, treedef = jax.tree.flatten(value)
-        if leaves == [value]:
+        if len(leaves) == 1 and leaves[0] is value:
             return "object", id(value)
         return treedef, tuple(map(_freeze, leaves))
     return value  # type: ignore[no-any-return]

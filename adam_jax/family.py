@@ -385,17 +385,9 @@ def momentum(
 
     Elsewhere: PyTorch's SGD with dampening=0 is the sum; with dampening=momentum it is the mean, uncorrected.
     """
-    if dampened:
-        tracked = (
-            track_moments(momentum, None, mu_dtype=accumulator_dtype),
-            *_ahead(momentum, nesterov),
-            correct_bias(),
-            take_mu(),
-        )
-    else:
-        tracked = track_moments(momentum, None, mu_rule="sum", mu_dtype=accumulator_dtype)
-        direction = (tracked, take_mu(nesterov=nesterov))
-    return chain(*direction, scale_by_learning_rate(learning_rate))
+    tracked = track_moments(momentum, None, mu_rule="mean" if dampened else "sum", mu_dtype=accumulator_dtype)
+    direction = (*_ahead(momentum, nesterov), correct_bias(), take_mu()) if dampened else (take_mu(nesterov=nesterov),)
+    return chain(tracked, *direction, scale_by_learning_rate(learning_rate))
 
 
 @recipe

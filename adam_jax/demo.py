@@ -1,0 +1,331 @@
+"""The demonstration behind `python -m adam_jax`: one small network, one start, one order of the batches, many optimizers.
+
+Data flows from top to bottom: images → network → the training of one rate → a sweep over rates → the final run.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+GOAL = 0.95
+EVALUATIONS = 50
+LAST = 5  # evaluations at the end of a sweep whose mean chooses the rate, so that one lucky step does not
+MOST = 1000  # images that validate a rate or draw a curve: enough to tell, and little beside the training on MNIST
+
+Factory: TypeAlias = Callable[[Any], optax.GradientTransformationExtraArgs]
+Tell: TypeAlias = Callable[[str, int], None]
+
+
+class Data(NamedTuple):
+    """Images (n, height, width, channels) of float32 with a largest value of 1, and labels (n,) of int32 from 0."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+class Course(NamedTuple):
+    """What one optimizer did.
+
+    Attributes:
+      rate: its learning rate.
+      edge: "smallest" or "largest" if the sweep chose the end of its range, where a better rate may lie beyond; else "".
+      steps, losses, accuracies: the curves, of the training loss and the test accuracy after so many steps.
+      loss: the training loss at the end, on the first 10,000 training images.
+      accuracy: the test accuracy at the end, on all test images.
+      seconds: spent on the steps of the final run, neither compiling nor evaluating.
+    """
+
+    rate: float
+    edge: str
+    steps: list[int]
+    losses: list[float]
+    accuracies: list[float]
+    loss: float
+    accuracy: float
+    seconds: float
+
+    @property
+    def steps_to_goal(self) -> int | None:
+        """The first evaluated step at which the test accuracy was at least `GOAL`."""
+        return next((step for step, found in zip(self.steps, self.accuracies, strict=True) if found >= GOAL), None)
+
+
+def digits() -> Data:
+    """The 1,797 digits of scikit-learn, 8×8 pixels, a fifth of them for the test: the same fifth whatever the seed."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8)
+    order = np.random.default_rng(0).permutation(len(images))
+    train, test = order[360:], order[:360]
+    return check(images[train], labels[train], images[test], labels[test])
+
+
+def read(path: Path) -> Data:
+    """The four arrays of an .npz file.
+
+    Raises:
+      ValueError: if there is no such file, or it cannot be read, or an array is missing, or `check` refuses one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz file; write one with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ARRAYS if name not in file.files]
+            if missing:
+                raise ValueError(f"no array {', '.join(missing)}; expected {', '.join(ARRAYS)}")
+            arrays = [file[name] for name in ARRAYS]
+        return check(*arrays)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Data:
+    """Images of any numeric dtype and integer labels, checked and scaled.
+
+    Raises:
+      ValueError: naming the array that does not fit, what was found in it and what was expected.
+    """
+    for split, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
+        _check_images(f"x_{split}", images)
+        _check_labels(f"y_{split}", labels)
+        if len(images) != len(labels):
+            raise ValueError(f"found {len(images)} images in x_{split} but {len(labels)} labels in y_{split}")
+    if x_test.shape[1:] != x_train.shape[1:]:
+        raise ValueError(f"x_test: found images of shape {x_test.shape[1:]}; expected {x_train.shape[1:]}, as in x_train")
+    known, top = np.unique(y_train), int(y_train.max())
+    if len(known) < 2 or top != len(known) - 1:
+        raise ValueError(f"y_train: found {len(known)} classes, the highest {top}; expected two or more, 0 to k - 1, none empty")
+    if strange := np.setdiff1d(y_test, known).tolist():
+        raise ValueError(f"y_test: found label {strange[0]}, which is not in y_train; expected 0 to {top}")
+    scale = np.abs(x_train.astype(np.promote_types(x_train.dtype, np.float32), copy=False)).max() or 1
+    return Data(_scaled(x_train, scale), y_train.astype(np.int32), _scaled(x_test, scale), y_test.astype(np.int32))
+
+
+def _check_images(name: str, images: np.ndarray) -> None:
+    if images.dtype.kind not in "buif":
+        raise ValueError(f"{name}: found dtype {images.dtype}; expected numbers")
+    if images.ndim not in (3, 4) or 0 in images.shape or min(images.shape[1:3]) < 4:
+        raise ValueError(
+            f"{name}: found shape {images.shape}; expected (n, height, width) or (n, height, width, channels), "
+            f"one image or more, of 4x4 pixels or more"
+        )
+    if not np.isfinite(images).all():
+        raise ValueError(f"{name}: found pixels that are NaN or infinite; expected finite numbers")
+
+
+def _check_labels(name: str, labels: np.ndarray) -> None:
+    if labels.dtype.kind not in "ui":
+        raise ValueError(f"{name}: found dtype {labels.dtype}; expected integer labels")
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"{name}: found shape {labels.shape}; expected (n,), one label for each image")
+    if labels.min() < 0:
+        raise ValueError(f"{name}: found label {labels.min()}; expected labels from 0")
+
+
+def _scaled(images: np.ndarray, scale: Any) -> np.ndarray:
+    images = images if images.ndim == 4 else images[..., None]
+    return np.divide(images, scale, dtype=np.promote_types(images.dtype, np.float32)).astype(np.float32)
+
+
+def _convolve(images: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """A convolution of stride 1 that keeps the size, as one matrix product.
+
+    Mapped over rates each network has its own kernel, and XLA has no fast code on the CPU for the grouped convolution that
+    this becomes: as a batch of matrix products the sweep takes a tenth of the time.
+    """
+    height, width = images.shape[1:3]
+    down, right = kernel.shape[:2]
+    padded = jnp.pad(images, ((0, 0), (down // 2, down // 2), (right // 2, right // 2), (0, 0)))
+    patches = [padded[:, i : i + height, j : j + width] for i in range(down) for j in range(right)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _halve(images: Array) -> Array:
+    n, height, width, channels = images.shape
+    even = images[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+class Network(nn.Module):
+    """Two convolutions, each halving the image, and a dense layer: images to logits (n, classes)."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """The logits of a batch of images."""
+        for features in (16, 32):
+            images = _halve(nn.relu(nn.Conv(features, (3, 3), conv_general_dilated=_convolve)(images)))
+        return nn.Dense(self.classes)(images.reshape(len(images), -1))
+
+
+class Setting(NamedTuple):
+    """What all optimizers share; `fit` and `validation` are indices into the training images."""
+
+    network: Network
+    params: Any
+    data: Data
+    fit: np.ndarray
+    validation: np.ndarray
+    steps: int
+    batch_size: int
+    seed: int
+
+
+def prepare(data: Data, steps: int, batch_size: int, seed: int, sweeps: bool) -> Setting:
+    """The network, its start, and the split of the training images into those to fit and those that choose the rate.
+
+    Raises:
+      ValueError: if a batch is larger than the set that it is drawn from.
+    """
+    network = Network(int(data.y_train.max()) + 1)
+    order = np.random.default_rng(seed).permutation(len(data.x_train))
+    held = min(max(len(order) // 5, 1), MOST) if sweeps else 0
+    if batch_size > len(order) - held:
+        aside = f" ({held} more are held out to choose the rate)" if held else ""
+        raise ValueError(f"--batch-size: found {batch_size}; expected at most the {len(order) - held} training images{aside}")
+    params = jax.jit(network.init)(jax.random.key(seed), data.x_train[:1])
+    return Setting(network, params, data, order[held:], order[:held], steps, batch_size, seed)
+
+
+def run(make: Factory, setting: Setting, rate: float | None, tell: Tell) -> Course:
+    """Trains with the best rate of a sweep, or with the one given.
+
+    Args:
+      make: from a learning rate to an optimizer.
+      setting: what all optimizers share.
+      rate: the learning rate, or `None` to sweep over `RATES`.
+      tell: called with what is being done and the number of steps done so far.
+    """
+    edge, done = "", 0
+    if rate is None:
+        best = sweep(make, setting, tell)
+        rate, done = RATES[best], setting.steps
+        edge = {0: "smallest", len(RATES) - 1: "largest"}.get(best, "")
+    return train(make, setting, rate, edge, lambda doing, steps: tell(doing, done + steps))
+
+
+def sweep(make: Factory, setting: Setting, tell: Tell) -> int:
+    """Which of `RATES` has the lowest loss on the validation images near the end of as many steps as the final run takes.
+
+    All rates train at once, in one compiled function. Test images are not looked at.
+    """
+    tell(f"compiling {len(RATES)} rates", 0)
+    x, y = setting.data.x_train, setting.data.y_train
+    images, labels, order = jnp.asarray(x), jnp.asarray(y), _batches(setting, setting.fit)
+    held_out = jnp.asarray(x[setting.validation]), jnp.asarray(y[setting.validation])
+    rates = jnp.asarray(RATES, jnp.float32)
+    begin, advance = _trainer(make, setting.network)
+    carry = jax.jit(jax.vmap(begin, (None, 0)))(setting.params, rates)
+    advance_all = jax.jit(jax.vmap(advance, (0, 0, None, None, None, None, None)))
+
+    losses = []
+    chunks = _chunks(setting.steps)
+    for first, last in chunks:
+        carry = jax.block_until_ready(advance_all(carry, rates, images, labels, order, first, last))
+        if (first, last) in chunks[-LAST:]:
+            losses.append(_evaluate_all(setting.network, carry[0], *held_out)[0])
+        tell(f"trying {len(RATES)} rates", int(last))
+    mean = np.mean(losses, axis=0)
+    # A rate that diverged is infinitely bad; if all did, the smallest is the one to show.
+    return int(np.argmin(np.where(np.isfinite(mean), mean, np.inf)))
+
+
+def train(make: Factory, setting: Setting, rate: float, edge: str, tell: Tell) -> Course:
+    """One run on all training images, evaluated as it goes."""
+    tell(f"compiling rate {rate:g}", 0)
+    data, network = setting.data, setting.network
+    images, labels = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+    seen = images[:MOST], labels[:MOST]
+    unseen = jnp.asarray(data.x_test[:MOST]), jnp.asarray(data.y_test[:MOST])
+    order = _batches(setting, np.arange(len(images)))
+    traced_rate = jnp.asarray(rate, jnp.float32)
+    begin, advance = map(jax.jit, _trainer(make, network))
+    carry = begin(setting.params, traced_rate)
+
+    steps, losses, accuracies, seconds = [], [], [], 0.0
+    # The first chunk has no step: it compiles, which is not timed, and lets the curves begin at the start.
+    for first, last in [(np.int32(0), np.int32(0)), *_chunks(setting.steps)]:
+        begun = time.perf_counter()
+        carry = jax.block_until_ready(advance(carry, traced_rate, images, labels, order, first, last))
+        seconds += time.perf_counter() - begun if last else 0.0
+        steps.append(int(last))
+        losses.append(float(_evaluate(network, carry[0], *seen)[0]))
+        accuracies.append(float(_evaluate(network, carry[0], *unseen)[1]))
+        tell(f"training at rate {rate:g}", int(last))
+    loss = float(_evaluate(network, carry[0], images[:10_000], labels[:10_000])[0])
+    accuracy = float(_evaluate(network, carry[0], jnp.asarray(data.x_test), jnp.asarray(data.y_test))[1])
+    return Course(rate, edge, steps, losses, accuracies, loss, accuracy, seconds)
+
+
+def _trainer(make: Factory, network: Network) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`begin(params, rate)` makes what training carries on; `advance` takes it from step `first` to step `last`.
+
+    The bounds are arguments, so that chunks of any length, which a progress bar needs, are one compiled function.
+    """
+
+    def begin(params: Any, rate: Array) -> Any:
+        return params, make(rate).init(params)
+
+    def advance(carry: Any, rate: Array, images: Array, labels: Array, order: Array, first: Array, last: Array) -> Any:
+        optimizer = make(rate)
+
+        def loss(params: Any, chosen: Array) -> Array:
+            logits = network.apply(params, images[chosen])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+
+        def step(i: Array, carry: Any) -> Any:
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, order[i]), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(first, last, step, carry)
+
+    return begin, advance
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(network: Network, params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
+    """The mean loss and the accuracy."""
+    logits = jax.lax.map(lambda image: network.apply(params, image[None])[0], images, batch_size=256)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, (logits.argmax(-1) == labels).mean()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate_all(network: Network, params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
+    """The same for networks stacked along the first axis of `params`."""
+    return jax.vmap(lambda one: _evaluate(network, one, images, labels))(params)
+
+
+def _batches(setting: Setting, indices: np.ndarray) -> Array:
+    """The images of each step, (steps, batch_size): every image once, in random order, before any comes again."""
+    random = np.random.default_rng(setting.seed)
+    wanted = setting.steps * setting.batch_size
+    epochs = [random.permutation(indices) for _ in range(-(-wanted // len(indices)))]
+    return jnp.asarray(np.concatenate(epochs)[:wanted].reshape(setting.steps, -1), jnp.int32)
+
+
+def _chunks(steps: int) -> list[tuple[Any, Any]]:
+    ends = np.unique(np.linspace(0, steps, min(steps, EVALUATIONS) + 1).astype(np.int32))
+    return list(zip(ends, ends[1:], strict=False))

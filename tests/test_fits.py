@@ -1,0 +1,348 @@
+"""Every member goes wherever an Optax transformation goes: under Optax's wrappers, in Flax, Equinox, JAX's transformations.
+
+The oracle is Optax's own member under the same wrapper, or the wrapper's meaning written out; each runs a jitted, scanned loop.
+"""
+
+import functools
+import inspect
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import adam_jax
+
+RATE = optax.cosine_decay_schedule(0.1, 30)
+WEIGHTS = {"w": True, "b": False}
+DATA = np.random.default_rng(0).normal(size=(40, 3))
+
+
+def loss(params, batch):
+    """Curved, and steeper in some directions than in others; its gradient changes sign along `DATA`."""
+    steep = np.asarray([0.1, 1.0, 10.0])
+    return jnp.sum(jnp.cosh(params["w"] - 0.3) * steep[:, None]) + jnp.sum((params["b"] - batch) ** 2 * steep)
+
+
+def start():
+    draw = np.random.default_rng(1).normal
+    return {"w": jnp.asarray(draw(size=(3, 2))), "b": jnp.asarray(draw(size=3))}
+
+
+def avals(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), jax.typeof(x).weak_type), tree)
+
+
+# Under Optax's wrappers
+
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "clip_by_global_norm": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "add_decayed_weights": lambda tx: optax.chain(optax.add_decayed_weights(0.1), tx),
+    "scale_by_schedule": lambda tx: optax.chain(tx, optax.scale_by_schedule(optax.linear_schedule(1.0, 0.1, 20))),
+    "keep_params_nonnegative": lambda tx: optax.chain(tx, optax.keep_params_nonnegative()),
+    "masked": lambda tx: optax.masked(tx, WEIGHTS),
+    "masked_by_function": lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+    "multi_transform": lambda tx: optax.multi_transform({"in": tx, "out": optax.sgd(0.01)}, {"w": "in", "b": "out"}),
+    "partition": lambda tx: optax.partition({0: tx, 1: optax.chain(tx, optax.scale(0.5))}, {"w": 0, "b": 1}),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 3).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: step < 10),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1, 0.9),
+    "sam": lambda tx: optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.05))),
+    "freeze": lambda tx: optax.chain(tx, optax.freeze(WEIGHTS)),
+    "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=WEIGHTS),
+}
+TWINS = {"adam": (adam_jax.adam(RATE), optax.adam(RATE)), "adamw": (adam_jax.adamw(0.1), optax.adamw(0.1))}
+
+
+@pytest.mark.parametrize("twins", TWINS.values(), ids=TWINS)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_does_with_us_what_it_does_with_optax(wrap, twins, train, agree, x64, standard_promotion):
+    ours, theirs = (train(wrap(tx), start(), DATA, loss)[0] for tx in twins)
+    agree(ours, theirs, rtol=1e-8)
+    assert not np.allclose(ours["b"], start()["b"]) or not np.allclose(ours["w"], start()["w"])
+
+
+def test_lookahead_synchronizes_fast_and_slow(agree, x64, standard_promotion):
+    def run(tx):
+        tx = optax.lookahead(tx, sync_period=5, slow_step_size=0.5)
+        params = optax.LookaheadParams.init_synced(start())
+
+        def step(carry, batch):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params.fast, batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), DATA)[0][0])()
+
+    ours, theirs = (run(tx) for tx in TWINS["adam"])
+    agree(ours, theirs, rtol=1e-8)
+    agree(ours.fast, ours.slow)  # 40 steps end on a synchronization
+
+
+def test_every_member_under_a_nest_of_wrappers_is_the_member_on_the_gradients_that_reach_it(
+    member, train, agree, standard_promotion
+):
+    data = jnp.asarray(DATA)
+
+    def linear(params, batch):  # the gradient is the batch, wherever the parameters are
+        return jnp.sum(params["w"] * batch[:, None]) + jnp.sum(params["b"] * batch)
+
+    inner = optax.chain(optax.clip_by_global_norm(1.0), member(0.1), optax.scale(0.5))
+    nest = optax.apply_if_finite(optax.MultiSteps(optax.masked(inner, WEIGHTS), 2).gradient_transformation(), 5)
+    found = train(nest, start(), data.at[10:12].set(jnp.nan), linear)[0]["w"]
+
+    means = np.mean(np.delete(DATA, [10, 11], axis=0).reshape(-1, 2, 3), axis=1)
+    clipped = means / np.maximum(1, np.linalg.norm(means, axis=1, keepdims=True) * np.sqrt(2))
+    tx, params = member(0.1), start()["w"]
+    state, update = tx.init(params), jax.jit(tx.update)
+    for grad in jnp.asarray(np.stack([clipped, clipped], -1), jnp.float32):
+        updates, state = update(grad, state, params)
+        params = params + 0.5 * updates
+    agree(found, params, rtol=1e-4, atol=1e-6)
+
+
+def test_inject_hyperparams_gives_every_member_its_schedule(member, train, agree, x64, standard_promotion):
+    static = ("clip_value_fn",) if member is adam_jax.adopt else ()
+    injected = optax.inject_hyperparams(member, static_args=static)(learning_rate=RATE)
+    found, state = train(injected, start(), DATA, loss)
+    agree(found, train(member(RATE), start(), DATA, loss)[0], rtol=1e-7)
+    np.testing.assert_allclose(state.hyperparams["learning_rate"], RATE(39), rtol=1e-6)
+
+
+def test_a_hyperparameter_written_into_an_injected_state_is_obeyed(agree, standard_promotion):
+    tx, params = optax.inject_hyperparams(adam_jax.adamw)(learning_rate=0.1), start()
+    state, update = tx.init(params), jax.jit(tx.update)
+    state.hyperparams["learning_rate"] = jnp.float32(0.025)
+    agree(
+        update(params, state, params)[0], optax.adamw(0.025).update(params, optax.adamw(0.1).init(params), params)[0], rtol=1e-5
+    )
+
+
+def test_tree_get_finds_the_moments(member):
+    params = start()
+    state = optax.chain(optax.clip(1.0), member(0.1)).init(params)
+    if member is not adam_jax.rmsprop:
+        assert avals(optax.tree.get(state, "mu")) == avals(params)
+    if member not in (adam_jax.momentum, adam_jax.adam_mini):
+        assert avals(optax.tree.get(state, "nu")) == avals(params)
+
+
+def test_map_params_maps_the_moments_and_nothing_else(member, agree):
+    tx, params = member(0.1), start()
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, jnp.full_like, state, {"w": 7.0, "b": 8.0})
+    for (path, leaf), before in zip(jax.tree_util.tree_leaves_with_path(mapped), jax.tree.leaves(state), strict=True):
+        name = jax.tree_util.keystr(path)
+        label = 7.0 if "['w']" in name else 8.0 if "['b']" in name else None
+        np.testing.assert_array_equal(leaf, before if label is None else np.full(before.shape, label))
+
+
+# In Flax and Equinox
+
+
+def test_flax_train_state(agree, standard_promotion):
+    model = nn.Dense(2)
+    x = jnp.asarray(DATA)
+
+    def run(tx):
+        state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=tx)
+
+        def step(state, batch):
+            grads = jax.grad(lambda p: jnp.sum((state.apply_fn(p, batch) - 1) ** 2))(state.params)
+            return state.apply_gradients(grads=grads), None
+
+        return jax.jit(lambda state: jax.lax.scan(step, state, x)[0])(state)
+
+    ours, theirs = (run(tx) for tx in TWINS["adamw"])
+    agree(ours.params, theirs.params, rtol=1e-4)
+    assert ours.step == len(DATA)
+
+
+def test_nnx_optimizer(agree, standard_promotion):
+    def run(tx):
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        graph, variables = nnx.split((model, optimizer))
+
+        def step(variables, x):
+            model, optimizer = nnx.merge(graph, variables)
+            optimizer.update(model, nnx.grad(lambda model: jnp.sum((model(x) - 1) ** 2))(model))
+            return nnx.state((model, optimizer)), None
+
+        nnx.update((model, optimizer), jax.jit(lambda v, x: jax.lax.scan(step, v, x)[0])(variables, jnp.asarray(DATA)))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    agree(*(run(tx) for tx in TWINS["adamw"]), rtol=1e-4)
+
+
+def test_equinox_filters_and_an_equal_transformation_does_not_retrace(agree, standard_promotion):
+    traces = []
+
+    @eqx.filter_jit
+    def loop(model, tx, x):
+        traces.append(tx)
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+
+        def step(carry, x):
+            params, state = carry
+            grads = eqx.filter_grad(lambda params: jnp.sum((eqx.combine(params, static)(x) - 1) ** 2))(params)
+            updates, state = tx.update(grads, state, params)
+            return (eqx.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), x)[0][0]
+
+    model, x = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), jnp.asarray(DATA)
+    ours = [loop(model, adam_jax.adamw(0.01), x) for _ in range(2)][-1]
+    assert len(traces) == 1
+    agree(ours, loop(model, optax.adamw(0.01), x), rtol=1e-4, atol=1e-6)
+    loop(model, adam_jax.adamw(0.02), x)
+    assert len(traces) == 3
+
+
+# Through JAX's transformations
+
+
+def test_vmap_trains_a_batch_of_models_as_one_by_one(member, agree):
+    batch = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), start())
+    tx = member(0.1)
+
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(params, state, step):
+        for x in DATA[:4]:
+            params, state = step(params, state, jnp.asarray(x))
+        return params, state
+
+    together = run(batch, jax.vmap(tx.init)(batch), jax.jit(jax.vmap(step, (0, 0, None))))
+    step = jax.jit(step)
+    for i in range(3):
+        params, found = jax.tree.map(lambda x, i=i: x[i], (batch, together))
+        agree(found, run(params, tx.init(params), step), rtol=1e-4, atol=1e-6)
+
+
+def test_vmap_over_learning_rates_and_b2_trains_a_grid_in_one_call(train, agree):
+    rates, decays = np.asarray([1e-3, 1e-2, 0.1]), np.asarray([0.5, 0.9])
+
+    def run(rate, b2):
+        return train(adam_jax.adamw(rate, b2=b2), start(), DATA, loss)[0]
+
+    grid = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(jnp.asarray(rates, "f4"), jnp.asarray(decays, "f4"))
+    for i, j in np.ndindex(3, 2):
+        agree(jax.tree.map(lambda x, i=i, j=j: x[i, j], grid), run(float(rates[i]), float(decays[j])), rtol=1e-4, atol=1e-6)
+
+
+def test_a_learning_rate_that_is_an_argument_compiles_once(member, agree):
+    params = start()
+    traces = []
+
+    @jax.jit
+    def step(rate, params, state, grads):
+        traces.append(rate)
+        return member(rate).update(grads, state, params)
+
+    for rate in np.linspace(0.01, 0.1, 10):
+        tx = member(float(rate))
+        updates, state = step(jnp.float32(rate), params, tx.init(params), params)
+        np.testing.assert_array_equal(adam_jax.hyperparameters(state)["learning_rate"], np.float32(rate))
+    assert len(traces) == 1
+    agree(updates, jax.jit(tx.update)(params, tx.init(params), params)[0], rtol=1e-6)
+
+
+def numbers(member):
+    """The numeric arguments that have a default: name -> value."""
+    arguments = inspect.signature(member).parameters.values()
+    return {a.name: a.default for a in arguments if a.annotation == "ScalarOrSchedule" and isinstance(a.default, float)}
+
+
+def test_every_hyperparameter_may_be_a_number_traced_or_a_schedule(member, agree):
+    chosen = {"learning_rate": 0.1, **numbers(member)}
+    assert len(chosen) > 1
+
+    def run(step):
+        params = start()
+        state = member(**chosen).init(params)
+        for i in range(1, 4):
+            updates, state = step(jax.tree.map(lambda p, i=i: p * i, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    schedules = {name: lambda count, value=value: value + 0 * (count / 1) for name, value in chosen.items()}
+    number = run(jax.jit(member(**chosen).update))
+    traced = run(functools.partial(jax.jit(lambda chosen, *trees: member(**chosen).update(*trees)), chosen))
+    schedule = run(jax.jit(member(**schedules).update))
+    assert avals(number) == avals(traced) == avals(schedule) == avals((start(), member(**schedules).init(start())))
+    agree(traced, number, rtol=2e-4, atol=1e-6)  # 1 - 0.999 has four digits in float32
+    agree(schedule, number, rtol=2e-4, atol=1e-6)
+
+
+def test_hyperparameters_are_those_of_the_last_step(member):
+    courses = {"learning_rate": lambda t: 0.1 / (1 + t / 7)}
+    courses |= {name: lambda t, value=value: value * (1 - t / 100) for name, value in numbers(member).items()}
+    tx, params = optax.chain(optax.clip(1.0), member(**courses)), start()
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        _, state = update(params, state, params)
+    found = adam_jax.hyperparameters(state)
+    np.testing.assert_allclose(found["learning_rate"], 0.1 / (1 + 2 / 7), rtol=1e-6)
+    for name, course in courses.items():
+        assert any(np.isclose(value, course(2), rtol=1e-6, atol=0) for value in found.values()), (name, found)
+
+
+def test_hyperparameters_of_groups_have_their_place_in_their_names():
+    tx = optax.partition({"in": adam_jax.adam(0.1), "out": adam_jax.adam(0.2)}, {"w": "in", "b": "out"})
+    found = adam_jax.hyperparameters(tx.init(start()))
+    rates = {name: float(value) for name, value in found.items() if name.endswith("learning_rate")}
+    assert {name.split("'")[1]: round(value, 6) for name, value in rates.items()} == {"in": 0.1, "out": 0.2}
+
+
+@pytest.mark.parametrize("name", [n for n in adam_jax.family.__all__ if "eps_root" in numbers(getattr(adam_jax, n))])
+def test_an_update_can_be_differentiated_at_a_zero_gradient(name, x64):
+    tx, params = getattr(adam_jax, name)(0.1, eps_root=1e-4), start()
+    at = {"w": jnp.zeros((3, 2)), "b": jnp.asarray([0.0, 0.01, -0.02])}
+
+    @jax.jit
+    def reach(at, scale):
+        """How far two steps go, along fixed directions: one number."""
+        params_, state = params, tx.init(params)
+        for i in range(2):
+            updates, state = tx.update(jax.tree.map(lambda g: g + scale * i, at), state, params_)
+            params_ = optax.apply_updates(params_, updates)
+        return sum(jnp.sum(p * jnp.arange(1.0, 1 + p.size).reshape(p.shape)) for p in jax.tree.leaves(params_))
+
+    slope = jax.grad(reach)(at, 0.0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+    if name != "lamb":  # whose update jumps where a whole leaf's gradient is zero
+        for leaf, index in [("w", (1, 1)), ("b", (0,)), ("b", (2,))]:
+            up, down = ({**at, leaf: at[leaf].at[index].add(sign * 1e-6)} for sign in (1, -1))
+            np.testing.assert_allclose(slope[leaf][index], (reach(up, 0.0) - reach(down, 0.0)) / 2e-6, rtol=1e-4)
+
+
+def test_the_slope_of_adams_first_step_at_zero_is_known():
+    tx = adam_jax.adam(0.1, eps=0.25, eps_root=0.0625)
+    slope = jax.grad(lambda g: tx.update(g, tx.init(g))[0])(jnp.float32(0.0))
+    np.testing.assert_allclose(slope, -0.1 / (0.25 + 0.25), rtol=1e-6)
+
+
+def test_an_exported_step_is_the_jitted_step_and_lowers_for_every_platform(member, agree):
+    tx, params = member(0.1), start()
+    leaves, treedef = jax.tree.flatten((params, tx.init(params), params))
+
+    @jax.jit
+    def step(*leaves):
+        return jax.tree.leaves(tx.update(*jax.tree.unflatten(treedef, leaves)))
+
+    exported = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(*leaves)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    stored = jax.export.deserialize(exported.serialize())
+    agree(stored.call(*leaves), step(*leaves), rtol=1e-6)
