@@ -43,6 +43,7 @@ def avals(tree):
 
 WRAPPERS = {
     "alone": lambda tx: tx,
+    "inject_hyperparams": lambda tx: inject(tx),
     "clip_by_global_norm": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
     "add_decayed_weights": lambda tx: optax.chain(optax.add_decayed_weights(0.1), tx),
     "scale_by_schedule": lambda tx: optax.chain(tx, optax.scale_by_schedule(optax.linear_schedule(1.0, 0.1, 20))),
@@ -59,13 +60,12 @@ WRAPPERS = {
     "freeze": lambda tx: optax.chain(tx, optax.freeze(WEIGHTS)),
     "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=WEIGHTS),
 }
-TWINS = {"adam": (adam_jax.adam(RATE), optax.adam(RATE)), "adamw": (adam_jax.adamw(0.1), optax.adamw(0.1))}
+TWINS = (adam_jax.adamw(RATE, weight_decay=0.1), optax.adamw(RATE, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("twins", TWINS.values(), ids=TWINS)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapper_does_with_us_what_it_does_with_optax(wrap, twins, train, agree, x64, standard_promotion):
-    ours, theirs = (train(wrap(tx), start(), DATA, loss)[0] for tx in twins)
+def test_a_wrapper_does_with_us_what_it_does_with_optax(wrap, train, agree, x64, standard_promotion):
+    ours, theirs = (train(wrap(tx), start(), DATA, loss)[0] for tx in TWINS)
     agree(ours, theirs, rtol=1e-8)
     assert not np.allclose(ours["b"], start()["b"]) or not np.allclose(ours["w"], start()["w"])
 
@@ -82,7 +82,7 @@ def test_lookahead_synchronizes_fast_and_slow(agree, x64, standard_promotion):
 
         return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), DATA)[0][0])()
 
-    ours, theirs = (run(tx) for tx in TWINS["adam"])
+    ours, theirs = (run(tx) for tx in TWINS)
     agree(ours, theirs, rtol=1e-8)
     agree(ours.fast, ours.slow)  # 40 steps end on a synchronization
 
@@ -102,9 +102,9 @@ def test_every_member_under_a_nest_of_wrappers_is_the_member_on_the_gradients_th
     means = np.mean(np.delete(DATA, [10, 11], axis=0).reshape(-1, 2, 3), axis=1)
     clipped = means / np.maximum(1, np.linalg.norm(means, axis=1, keepdims=True) * np.sqrt(2))
     tx, params = member(0.1), start()["w"]
-    state, update = tx.init(params), jax.jit(tx.update)
+    state = tx.init(params)
     for grad in jnp.asarray(np.stack([clipped, clipped], -1), jnp.float32):
-        updates, state = update(grad, state, params)
+        updates, state = tx.update(grad, state, params)
         params = params + 0.5 * updates
     agree(found, params, rtol=1e-4, atol=1e-6)
 
@@ -161,7 +161,7 @@ def test_flax_train_state(agree, standard_promotion):
 
         return jax.jit(lambda state: jax.lax.scan(step, state, x)[0])(state)
 
-    ours, theirs = (run(tx) for tx in TWINS["adamw"])
+    ours, theirs = (run(tx) for tx in TWINS)
     agree(ours.params, theirs.params, rtol=1e-4)
     assert ours.step == len(DATA)
 
@@ -181,7 +181,7 @@ def test_nnx_optimizer(agree, standard_promotion):
         nnx.update((model, optimizer), jax.jit(lambda v, x: jax.lax.scan(step, v, x)[0])(variables, jnp.asarray(DATA)))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    agree(*(run(tx) for tx in TWINS["adamw"]), rtol=1e-4)
+    agree(*(run(tx) for tx in TWINS), rtol=1e-4)
 
 
 def test_equinox_filters_and_an_equal_transformation_does_not_retrace(agree, standard_promotion):
