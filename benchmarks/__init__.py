@@ -1,0 +1,1 @@
+"""Side by side with Optax and PyTorch: `python -m benchmarks.accuracy` and `python -m benchmarks.step`."""

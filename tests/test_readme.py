@@ -1,0 +1,49 @@
+"""README's and the docs' Python blocks run as they stand, and name nothing that does not exist."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import adam_jax
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [(page.name, i, code) for page in PAGES for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))]
+
+
+@pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS])
+def test_block_runs(page, number, code):
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(code, f"{page} block {number}", "exec"), {"__name__": "readme"})
+
+
+def test_readme_has_its_examples():
+    assert sum(page == "README.md" for page, _, _ in BLOCKS) >= 3
+
+
+def test_every_public_name_is_documented():
+    api = (ROOT / "docs" / "api.md").read_text()
+    missing = [
+        name
+        for name in adam_jax.__all__
+        if name not in adam_jax.family.__all__ and not re.search(rf"adam_jax\.{name}\b", api)
+    ]
+    assert missing == []
+    assert all(getattr(adam_jax, name).__doc__ for name in adam_jax.__all__)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/family.md"])
+def test_every_member_is_in_the_table(page):
+    text = (ROOT / page).read_text()
+    assert [name for name in adam_jax.family.__all__ if f"`{name}`" not in text] == []
+
+
+def test_docstrings_of_members():
+    """Equations, a source with a year, and one line that says what it is."""
+    for name in adam_jax.family.__all__:
+        doc = getattr(adam_jax, name).__doc__
+        assert re.match(r"[A-Z].*\.\n", doc), name
+        assert "learning_rate·" in doc, name
+        assert re.search(r"Source: .*\((19|20)\d\d\)", doc), name

@@ -1,0 +1,237 @@
+"""What cannot be right is refused: numbers and orders when a transformation is made, trees when an update is traced.
+
+A message names the thing, shows what was found, and says what to do. A traced number cannot be looked at, and is not.
+"""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adam_jax
+from adam_jax import (
+    add_decayed_weights,
+    average_parameters,
+    cautious,
+    chain,
+    correct_bias,
+    scale_by_learning_rate,
+    scale_by_moments,
+    scale_by_trust_ratio,
+    track_moments,
+)
+
+NAN, INF = float("nan"), float("inf")
+PARAMS = {"head": {"b": jnp.ones(3), "w": jnp.ones((2, 3))}}
+
+
+def refused(error, *says):
+    """A context that expects an error whose message has all of `says`."""
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in says))
+
+
+def arguments(*names):
+    """Those of the named arguments that each member takes."""
+    for member in adam_jax.family.__all__:
+        for name in inspect.signature(getattr(adam_jax, member)).parameters:
+            if name in names:
+                yield pytest.param(getattr(adam_jax, member), name, id=f"{member}-{name}")
+
+
+# Numbers, when they are given
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5, -0.1, NAN, INF, 1, np.float32(1), np.array(2.0)], ids=repr)
+@pytest.mark.parametrize(("make", "name"), arguments("b1", "b2", "b3"))
+def test_a_beta_outside_0_to_1(make, name, value):
+    with refused(ValueError, f"{name}: found {float(value)!r}", "[0, 1)"):
+        make(0.1, **{name: value})
+
+
+@pytest.mark.parametrize("value", [-1e-8, NAN, -INF, INF], ids=repr)
+@pytest.mark.parametrize(("make", "name"), arguments("eps", "eps_root", "weight_decay"))
+def test_a_negative_or_nan_epsilon_or_decay(make, name, value):
+    stage_says = "eps" if name.startswith("eps") else name  # the stage's name for it may be another ε's
+    with refused(ValueError, stage_says, f"found {value!r}", "[0, inf)"):
+        make(0.1, **{name: value})
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=repr)
+def test_a_learning_rate_that_is_not_finite(member, value):
+    with refused(ValueError, f"learning_rate: found {value!r}", "expected a number in (-inf, inf)"):
+        member(value)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], {"a": 0.1}, 0.1 + 1j, object()], ids=repr)
+def test_a_learning_rate_that_is_no_number(member, value):
+    with refused(TypeError, "learning_rate: found", repr(value), "expected"):
+        member(value)
+
+
+@pytest.mark.parametrize("value", [np.ones(3), jnp.ones((1,)), np.zeros((2, 2))], ids=["(3,)", "(1,)", "(2, 2)"])
+def test_a_hyperparameter_with_dimensions(member, value):
+    with refused(ValueError, f"learning_rate: found an array of shape {value.shape}", "expected a scalar", "optax.partition"):
+        member(value)
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_schedule_that_returns_a_vector(member, how):
+    tx = member(lambda count: jnp.ones(3))
+    with refused(ValueError, "schedule learning_rate", "shape (3,)", "expected a scalar"):
+        how(tx.init)(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "says"),
+    [
+        (lambda count: "0.1", TypeError, "'0.1'"),
+        (lambda count: None, TypeError, "None"),
+        (lambda count: np.ones(2), ValueError, "shape (2,)"),
+        (lambda count: 1.5, ValueError, "found 1.5"),
+    ],
+    ids=["string", "None", "array", "outside"],
+)
+def test_a_schedule_that_returns_what_cannot_be(value, error, says):
+    with refused(error, "schedule b1", says, "expected"):
+        adam_jax.adam(0.1, b1=value).init(PARAMS)
+
+
+def test_a_traced_number_is_not_looked_at():
+    updates = jax.jit(lambda b1: adam_jax.adam(0.1, b1=b1).init(PARAMS))(1.5)
+    assert adam_jax.hyperparameters(updates)["b1"] == 1.5
+
+
+CHOICES = {
+    "decay": lambda: adam_jax.adamw(0.1, decay="weights"),
+    "mask": lambda: adam_jax.adamw(0.1, mask="vectors"),
+    "maximum": lambda: adam_jax.amsgrad(0.1, maximum="largest"),
+    "blocks": lambda: adam_jax.adam_mini(0.1, blocks="rows"),
+    "nu_rule": lambda: track_moments(nu_rule="cube"),
+    "mu_rule": lambda: track_moments(mu_rule="product"),
+    "mu_dtype": lambda: adam_jax.adam(0.1, mu_dtype=jnp.int8),
+    "threshold": lambda: adam_jax.radam(0.1, threshold=3.0),
+    "nu_init": lambda: adam_jax.yogi(0.1, initial_accumulator_value=-1.0),
+}
+
+
+@pytest.mark.parametrize(("name", "make"), CHOICES.items(), ids=CHOICES)
+def test_a_choice_that_does_not_exist(name, make):
+    with refused(ValueError, f"{name}: found", "expected"):
+        make()
+
+
+# Orders, when they are chained
+
+track, correct, scale, rate = track_moments(), correct_bias(), scale_by_moments(), scale_by_learning_rate(0.1)
+ORDERS = {
+    "no_moments": ([correct, scale, rate, track, correct, rate], "position 3"),
+    "scale_twice": ([track, scale, scale], "scale_by_moments", "position 2", "position 1", "takes Moments", "track_moments"),
+    "correct_after_scale": ([track, scale, correct], "correct_bias()", "position 2", "gives plain updates", "Put it between"),
+    "rate_on_moments": ([track, rate], "scale_by_learning_rate", "position 1", "takes plain updates", "Put scale_by_moments"),
+    "optax_on_moments": ([track, optax.clip(1.0), scale], "position 1", "takes plain updates", "Put scale_by_moments"),
+    "track_twice": ([track, track, scale], "track_moments", "position 1", "position 0", "gives Moments"),
+    "two_rates": ([track, scale, rate, rate], "scale_by_learning_rate", "position 3", "second one", "Put it before"),
+    "two_members": ([adam_jax.adam(0.1), adam_jax.adamw(0.1)], "adamw", "position 1", "second one", ".stages"),
+    "decay_after_member": ([adam_jax.adam(0.1), add_decayed_weights(0.1)], "add_decayed_weights", "position 1", "Put it before"),
+    "trust_after_member": ([adam_jax.adam(0.1), scale_by_trust_ratio()], "scale_by_trust_ratio()", "position 1", "Put it before"),
+    "average_before_rate": ([average_parameters(0.9), adam_jax.adam(0.1)], "average_parameters", "position 0", "Move it behind"),
+    "nothing": ([], "found no stages", "expected at least one"),
+}
+
+
+@pytest.mark.parametrize(("stages", "says"), [(stages, says) for stages, *says in ORDERS.values()], ids=ORDERS)
+def test_an_order_that_cannot_work(stages, says):
+    with refused(ValueError, "chain:", *says):
+        chain(*stages)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [(adam_jax.adam, "did you mean to call it?"), (0.1, "found 0.1"), (None, "found None"), ((1, 2), "(1, 2)")],
+    ids=["uncalled", "number", "None", "pair"],
+)
+def test_a_part_that_is_no_transformation(part, says):
+    with refused(TypeError, "chain: found", "at position 1", says, "expected a gradient transformation"):
+        chain(optax.clip(1.0), part)
+
+
+# Trees, when an update is traced
+
+FULL, ROW = jnp.ones((2, 3)), jnp.ones(3)
+WRONG = {
+    "shape_that_would_broadcast": ({"head": {"b": FULL, "w": FULL}}, "['head']['b']", "(2, 3)", "(3,)", "never broadcast"),
+    "shape_to_broadcast": ({"head": {"b": ROW, "w": ROW}}, "['head']['w']", "(3,)", "(2, 3)", "never broadcast"),
+    "one_for_three": ({"head": {"b": jnp.ones(1), "w": FULL}}, "['head']['b']", "(1,)", "(3,)", "never broadcast"),
+    "number": ({"head": {"b": 1.0, "w": FULL}}, "['head']['b']", "()", "(3,)", "never broadcast"),
+    "transposed": ({"head": {"b": ROW, "w": FULL.T}}, "['head']['w']", "(3, 2)", "(2, 3)", "call `init` again"),
+    "missing": ({"head": {"w": FULL}}, "without a gradient", "['head']['b']", "call `init` again"),
+    "None": ({"head": {"b": None, "w": FULL}}, "without a gradient", "['head']['b']", "call `init` again"),
+    "extra": ({"head": {"b": ROW, "w": FULL, "x": ROW}}, "does not have", "['head']['x']", "call `init` again"),
+    "renamed": ({"tail": {"b": ROW, "w": FULL}}, "['tail']['b']", "['head']['b']", "call `init` again"),
+    "list": ({"head": [ROW, FULL]}, "['head'][0]", "['head']['b']", "call `init` again"),
+    "bare": (ROW, "['head']['b']", "call `init` again"),
+    "integers": ({"head": {"b": jnp.arange(3), "w": FULL}}, "['head']['b']", "int32", "float32"),
+}
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(("grads", "says"), [(grads, says) for grads, *says in WRONG.values()], ids=WRONG)
+def test_gradients_that_do_not_fit_the_state(member, grads, says, how):
+    tx = member(0.1)
+    with refused(ValueError, *says):
+        how(tx.update)(grads, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", ["shape_that_would_broadcast", "missing", "extra", "one_for_three"])
+def test_parameters_that_do_not_fit_the_gradients(member, name):
+    tx, (wrong, *says) = member(0.1), WRONG[name]
+    with refused(ValueError, "params", next(part for part in says if part.startswith("['"))):
+        tx.update(PARAMS, tx.init(PARAMS), wrong)
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("tx", "who"),
+    [
+        (adam_jax.adamw(0.1), "add_decayed_weights()"),
+        (adam_jax.adamw(0.1, decay="l2"), "add_decayed_weights()"),
+        (adam_jax.adamw(0.1, decay="independent"), "add_decayed_weights()"),
+        (adam_jax.adamaxw(0.1), "add_decayed_weights()"),
+        (adam_jax.nadamw(0.1), "add_decayed_weights()"),
+        (adam_jax.ademamix(0.1, weight_decay=0.1), "add_decayed_weights()"),
+        (adam_jax.lamb(0.1), "needs the parameters"),
+        (chain(adam_jax.adam(0.1), average_parameters(0.9)), "average_parameters()"),
+    ],
+    ids=repr,
+)
+def test_an_update_without_the_parameters_that_it_needs(tx, who, how):
+    with refused(ValueError, who, "call update(grads, state, params)"):
+        how(lambda grads, state: tx.update(grads, state))(PARAMS, tx.init(PARAMS))
+
+
+def test_a_mask_that_does_not_fit():
+    tx = adam_jax.adamw(0.1, mask={"tail": True})
+    with refused(ValueError, "mask: found", "'tail'", "'head'", "prefix"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("other", [optax.adam(0.1), adam_jax.momentum(0.1)], ids=["optax.adam", "momentum"])
+def test_the_state_of_another_transformation(other):
+    with refused(ValueError, "found a state of", "4 stages", "`init` of this very chain"):
+        adam_jax.adam(0.1).update(PARAMS, other.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("stage", [correct_bias(), scale_by_moments()], ids=repr)
+def test_a_stage_alone_that_is_given_no_moments(stage):
+    with refused(TypeError, "takes Moments, but was given dict", "track_moments(...)"):
+        optax.chain(stage).update(PARAMS, optax.chain(stage).init(PARAMS), PARAMS)
+
+
+def test_a_cautious_link_that_knows_no_gradient():
+    tx = optax.chain(adam_jax.adam(0.1), cautious())
+    with refused(ValueError, "cautious() does not know", "gradient=grads"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
