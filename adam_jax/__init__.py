@@ -15,6 +15,7 @@ from adam_jax._links import average_parameters, averaged_parameters, cautious, c
 from adam_jax._chain import chain
 from adam_jax._hyperparams import hyperparameters
 from adam_jax._transformation import Context, Transformation, recipe, stage
+from adam_jax import family
 from adam_jax.family import (
     adam,
     adamw,
@@ -36,6 +37,7 @@ from adam_jax.family import (
 )
 
 __all__ = [
+    "family",
     "Moments",
     "track_moments",
     "center",
@@ -62,23 +64,7 @@ __all__ = [
     "Transformation",
     "recipe",
     "stage",
-    "adam",
-    "adamw",
-    "adamax",
-    "adamaxw",
-    "amsgrad",
-    "nadam",
-    "nadamw",
-    "radam",
-    "adabelief",
-    "yogi",
-    "lamb",
-    "momentum",
-    "rmsprop",
-    "adopt",
-    "ademamix",
-    "adam_mini",
-    "adam_atan2",
 ]
+__all__ += family.__all__
 
 __version__ = "0.1.0"

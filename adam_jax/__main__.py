@@ -27,9 +27,7 @@ def sgd(learning_rate: Any) -> adam_jax.Transformation:
     return adam_jax.chain(adam_jax.scale_by_learning_rate(learning_rate))
 
 
-OPTIMIZERS: dict[str, Callable[[Any], Any]] = {"sgd": sgd} | {
-    name: getattr(adam_jax, name) for name in adam_jax.family.__all__
-}
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {"sgd": sgd} | {name: getattr(adam_jax, name) for name in adam_jax.family.__all__}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ from adam_jax._tree import (
     lerp,
     lift,
     like_params,
+    mean,
     scalar_dtype,
     square,
     times,
@@ -63,7 +64,7 @@ def cautious(*, after_learning_rate: bool | None = None) -> tuple[Init, Update]:
             update, g = as_wide(update), as_wide(grad)
             along = update.real * g.real + update.imag * g.imag if jnp.iscomplexobj(g) else update * g
             agrees = (along < 0 if after else along > 0).astype(along.dtype)
-            return times(update, agrees / jnp.maximum(jnp.mean(agrees), 1e-3))
+            return times(update, agrees / jnp.maximum(mean(agrees), 1e-3))
 
         return lift(leaf, updates, gradient=context.gradient), state
 
@@ -109,10 +110,10 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
 
         def moment(grad: Any, mu: Array, nu: Array) -> Array:
             least = 2.0 ** (finfo(nu.dtype).minexp // 2)
-            return shortened(mu, jnp.sqrt(_mean(square(widen(grad)) / jnp.maximum(nu, least**2))))
+            return shortened(mu, jnp.sqrt(mean(square(widen(grad)) / jnp.maximum(nu, least**2))))
 
         def plain(update: Any) -> Array:
-            return shortened(as_wide(update), jnp.sqrt(_mean(square(as_wide(update)))))
+            return shortened(as_wide(update), jnp.sqrt(mean(square(as_wide(update)))))
 
         if isinstance(updates, Moments):
             updates = updates._replace(mu=lift(moment, updates.grad, free=("nu",), mu=updates.mu, nu=updates.nu))
@@ -121,11 +122,6 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
         return updates, ClipUpdateRmsState(increment(state.step), {"threshold": used})
 
     return init, update
-
-
-def _mean(x: Array) -> Array:
-    """The mean; 0 for an array without elements."""
-    return jnp.sum(x) / max(x.size, 1)
 
 
 class AverageParametersState(NamedTuple):

@@ -22,6 +22,7 @@ from adam_jax._tree import (
     lerp,
     lift,
     like_params,
+    mean,
     real_dtype,
     scalar_dtype,
     square,
@@ -235,7 +236,7 @@ def track_moments(
             seen = rule.sees(g, mu)
             shared = tuple(axis for axis, size in enumerate(nu.shape) if size != seen.shape[axis])
             if shared:
-                seen = jnp.mean(seen, shared, keepdims=True)
+                seen = mean(seen, shared)
             return rule.moves(nu, seen, *(s.astype(nu.dtype) for s in (nu_decay, nu_rate, used.get("nu_eps", zero))))
 
         def leaf(grad: Any, mu: Array | None, nu: Array | None) -> tuple[Array, Array | None]:
@@ -270,10 +271,10 @@ def _shared_shape(blocks: Blocks | None, path: Any, leaf: Any) -> tuple[int, ...
     shape = jnp.shape(leaf)
     if blocks is None:
         return shape
-    if callable(blocks):
-        axes = blocks(jax.tree_util.keystr(path), shape)
-    elif blocks == "leaf":
-        axes = tuple(range(len(shape)))
-    else:
-        axes = tuple(range(len(shape) - 1))
-    return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+    all_but_last = tuple(range(len(shape) - 1))
+    whole = tuple(range(len(shape)))
+    axes = blocks(jax.tree_util.keystr(path), shape) if callable(blocks) else whole if blocks == "leaf" else all_but_last
+    if not all(-len(shape) <= axis < len(shape) for axis in axes):
+        raise ValueError(f"blocks: found the axes {axes} for {jax.tree_util.keystr(path)} of shape {shape}; expected its own.")
+    shared = {axis % len(shape) for axis in axes}
+    return tuple(1 if axis in shared else size for axis, size in enumerate(shape))

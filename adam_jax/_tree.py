@@ -96,6 +96,12 @@ def _on_parts(f: Callable[[Any, Any], Array], x: Array, real: Array) -> Array:
     return f(x, real if real.dtype == x.dtype else real.astype(x.dtype))
 
 
+def mean(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """The mean over all axes, or, keeping them, over some; 0, not NaN, where there are no elements."""
+    total = jnp.sum(x) if axes is None else jnp.sum(x, axes, keepdims=True)
+    return total / max(x.size // max(total.size, 1), 1)
+
+
 def lerp(average: Array, x: Array, rate: Array) -> Array:
     """Average + rate·(x − average): the form of an average whose rounding errors do not grow with time."""
     return lax.add(average, times(lax.sub(x, average), rate))

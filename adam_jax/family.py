@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from adam_jax._apply import Mask, add_decayed_weights, scale_by_learning_rate
 from adam_jax._bias import correct_bias, look_ahead, rectify
 from adam_jax._chain import chain
-from adam_jax._hyperparams import ScalarOrSchedule, expect_one_of
+from adam_jax._hyperparams import ScalarOrSchedule as Number
+from adam_jax._hyperparams import expect_one_of
 from adam_jax._moments import Blocks, track_moments
 from adam_jax._refine import center, keep_maximum, mix_slow_mean
 from adam_jax._scale import clip_elements, scale_by_atan2, scale_by_moments, scale_by_trust_ratio, take_mu
@@ -44,20 +45,18 @@ __all__ = [
 ]
 
 
-def _ahead(b1: ScalarOrSchedule, nesterov: bool) -> tuple[Transformation, ...]:
+# A signature is read as Optax's row of arguments; one a line they would be four pages of the same six lines.
+# fmt: off
+
+
+def _ahead(b1: Number, nesterov: bool) -> tuple[Transformation, ...]:
     return (look_ahead(b1),) if nesterov else ()
 
 
 @recipe
 def adam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
-    *,
-    nesterov: bool = False,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
+    mu_dtype: Any = None, *, nesterov: bool = False
 ) -> Transformation:
     """Adam: momentum and RMSprop in one, right from the first step.
 
@@ -67,8 +66,9 @@ def adam(
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), Algorithm 1.
 
-    Elsewhere: PyTorch and Optax have the same equations, but round b1ᵗ and 1 − b1 apart, which for b2 close to 1 makes steps
-    wrong by up to 0.7 %; TensorFlow and Keras divide `eps` by √(1 − b2ᵗ), and default to 1e-7.
+    Elsewhere: Optax and PyTorch have the same equations. Optax rounds b2ᵗ and 1 − b2 apart, which for b2 close to 1 makes steps
+    wrong by up to 0.7 %; PyTorch's nu gathers rounding errors, 4e-6 of the step by t = 1000. TensorFlow and Keras divide `eps` by
+    √(1 − b2ᵗ), and default to 1e-7.
     """
     return chain(
         track_moments(b1, b2, mu_dtype=mu_dtype),
@@ -81,17 +81,9 @@ def adam(
 
 @recipe
 def adamw(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Mask | None = None,
-    *,
-    nesterov: bool = False,
-    decay: Literal["lr", "independent", "l2"] = "lr",
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
+    mu_dtype: Any = None, weight_decay: Number = 1e-4, mask: Mask | None = None, *, nesterov: bool = False,
+    decay: Literal["lr", "independent", "l2"] = "lr"
 ) -> Transformation:
     """Adam with weight decay that does not pass through the moments.
 
@@ -123,10 +115,7 @@ def adamw(
 
 @recipe
 def adamax(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8
 ) -> Transformation:
     """Adam with the infinity norm: ν is the largest gradient lately.
 
@@ -147,12 +136,8 @@ def adamax(
 
 @recipe
 def adamaxw(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Mask | None = None,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8,
+    weight_decay: Number = 1e-4, mask: Mask | None = None
 ) -> Transformation:
     """AdaMax with decoupled weight decay.
 
@@ -169,16 +154,9 @@ def adamaxw(
 
 @recipe
 def amsgrad(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
-    bias_correction_mu: bool = True,
-    bias_correction_nu: bool = True,
-    *,
-    maximum: Literal["corrected", "raw"] = "corrected",
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
+    mu_dtype: Any = None, bias_correction_mu: bool = True, bias_correction_nu: bool = True, *,
+    maximum: Literal["corrected", "raw"] = "corrected"
 ) -> Transformation:
     """Adam with a ν that never falls.
 
@@ -204,12 +182,8 @@ def amsgrad(
 
 @recipe
 def nadam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
+    mu_dtype: Any = None
 ) -> Transformation:
     """Adam with Nesterov's momentum: the first moment looks one step ahead.
 
@@ -227,16 +201,9 @@ def nadam(
 
 @recipe
 def nadamw(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Mask | None = None,
-    *,
-    decay: Literal["lr", "independent", "l2"] = "lr",
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
+    mu_dtype: Any = None, weight_decay: Number = 1e-4, mask: Mask | None = None, *,
+    decay: Literal["lr", "independent", "l2"] = "lr"
 ) -> Transformation:
     """Nadam with decoupled weight decay: `adamw` with `nesterov=True`.
 
@@ -251,14 +218,8 @@ def nadamw(
 
 @recipe
 def radam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    threshold: ScalarOrSchedule = 5.0,
-    *,
-    nesterov: bool = False,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
+    threshold: Number = 5.0, *, nesterov: bool = False
 ) -> Transformation:
     """Adam that warms itself up: rectified while ν is young.
 
@@ -283,13 +244,8 @@ def radam(
 
 @recipe
 def adabelief(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-16,
-    eps_root: ScalarOrSchedule = 1e-16,
-    *,
-    nesterov: bool = False,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-16, eps_root: Number = 1e-16,
+    *, nesterov: bool = False
 ) -> Transformation:
     """Adam whose ν measures how far the gradient is from what μ believed.
 
@@ -310,12 +266,8 @@ def adabelief(
 
 @recipe
 def yogi(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-3,
-    *,
-    initial_accumulator_value: float = 1e-6,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-3, *,
+    initial_accumulator_value: float = 1e-6
 ) -> Transformation:
     """Adam whose ν moves by no more than (1 − b2)·g² a step, however far it is from g².
 
@@ -331,21 +283,14 @@ def yogi(
     """
     return chain(
         track_moments(b1, b2, nu_rule="yogi", nu_init=initial_accumulator_value),
-        correct_bias(),
-        scale_by_moments(eps),
-        scale_by_learning_rate(learning_rate),
+        correct_bias(), scale_by_moments(eps), scale_by_learning_rate(learning_rate),
     )
 
 
 @recipe
 def lamb(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-6,
-    eps_root: ScalarOrSchedule = 0.0,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6, eps_root: Number = 0.0,
+    weight_decay: Number = 0.0, mask: Mask | None = None
 ) -> Transformation:
     """Adam for large batches: each leaf's step has the length of its parameter.
 
@@ -366,12 +311,8 @@ def lamb(
 
 @recipe
 def momentum(
-    learning_rate: ScalarOrSchedule,
-    momentum: ScalarOrSchedule = 0.9,
-    nesterov: bool = False,
-    accumulator_dtype: Any = None,
-    *,
-    dampened: bool = False,
+    learning_rate: Number, momentum: Number = 0.9, nesterov: bool = False, accumulator_dtype: Any = None, *,
+    dampened: bool = False
 ) -> Transformation:
     """Stochastic gradient descent with momentum: the first moment only. Arguments are those of `optax.sgd`.
 
@@ -392,15 +333,9 @@ def momentum(
 
 @recipe
 def rmsprop(
-    learning_rate: ScalarOrSchedule,
-    decay: ScalarOrSchedule = 0.9,
-    eps: ScalarOrSchedule = 1e-8,
-    initial_scale: float = 0.0,
-    eps_in_sqrt: bool = True,
-    centered: bool = False,
-    momentum: ScalarOrSchedule | None = None,
-    nesterov: bool = False,
-    bias_correction: bool = False,
+    learning_rate: Number, decay: Number = 0.9, eps: Number = 1e-8, initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True, centered: bool = False, momentum: Number | None = None, nesterov: bool = False,
+    bias_correction: bool = False
 ) -> Transformation:
     """The gradient in units of its root mean square: the second moment only.
 
@@ -432,15 +367,8 @@ def _fourth_root(count: Any) -> Any:
 
 @recipe
 def adopt(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.9999,
-    eps: ScalarOrSchedule = 1e-6,
-    mu_dtype: Any = None,
-    *,
-    nesterov: bool = False,
-    use_clipping: bool = True,
-    clip_value_fn: Callable[[Any], Any] = _fourth_root,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.9999, eps: Number = 1e-6, mu_dtype: Any = None, *,
+    nesterov: bool = False, use_clipping: bool = True, clip_value_fn: Callable[[Any], Any] = _fourth_root
 ) -> Transformation:
     """Adam that scales the gradient by the ν of the step before, and averages after: it converges with any b2.
 
@@ -465,16 +393,9 @@ def adopt(
 
 @recipe
 def ademamix(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    b3: ScalarOrSchedule = 0.9999,
-    alpha: ScalarOrSchedule = 5.0,
-    eps: ScalarOrSchedule = 1e-8,
-    eps_root: ScalarOrSchedule = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, b3: Number = 0.9999, alpha: Number = 5.0,
+    eps: Number = 1e-8, eps_root: Number = 0.0, mu_dtype: Any = None, weight_decay: Number = 0.0,
+    mask: Mask | None = None
 ) -> Transformation:
     """Adam with a second first moment that remembers ten thousand steps.
 
@@ -497,14 +418,8 @@ def ademamix(
 
 @recipe
 def adam_mini(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: ScalarOrSchedule = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
-    *,
-    blocks: Blocks = "output",
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0,
+    mask: Mask | None = None, *, blocks: Blocks = "output"
 ) -> Transformation:
     """Adam with one ν for a whole block of a leaf: a second moment that takes next to no memory.
 
@@ -527,14 +442,8 @@ def adam_mini(
 
 @recipe
 def adam_atan2(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
-    *,
-    a: float = 1.0,
-    b: float = 1.0,
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, weight_decay: Number = 0.0,
+    mask: Mask | None = None, *, a: float = 1.0, b: float = 1.0
 ) -> Transformation:
     """Adam without ε: the quotient is an angle, and the same at any scale of the gradients.
 
