@@ -41,16 +41,27 @@ def _parser() -> _Parser:
         prog="adam_jax",
         description="Trains the same small convolutional network from the same start with several optimizers, each at the "
         "best learning rate of a sweep, and writes a table and a figure.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--optimizers", default="sgd,momentum,rmsprop,adam", metavar="NAMES", help="separated by commas; --list names all")
-    option("--steps", type=int, default=300, metavar="N", help="training steps of each run")
+    option("--optimizers", default="sgd,momentum,rmsprop,adam", metavar="NAMES", help="separated by commas (%(default)s)")
+    option("--steps", type=int, default=300, metavar="N", help="training steps of each run (%(default)s)")
     option("--learning-rate", type=float, metavar="RATE", help="one rate for all, instead of the sweep")
-    option("--batch-size", type=int, default=64, metavar="N", help="images a step")
-    option("--seed", type=int, default=0, metavar="N", help="of the start, the batches and the split for validation")
-    option("--output", type=Path, default=Path("adam_jax_demo.png"), metavar="FILE", help="the figure: .png, .pdf or .svg")
-    option("--data", type=Path, metavar="FILE.npz", help="your images: x_train, y_train, x_test, y_test (default: digits)")
+    option("--batch-size", type=int, default=64, metavar="N", help="images a step (%(default)s)")
+    option("--seed", type=int, default=0, metavar="N", help="of start, batches and validation split (%(default)s)")
+    option(
+        "--output",
+        type=Path,
+        default=Path("adam_jax_demo.png"),
+        metavar="FILE",
+        help="the figure, .png, .pdf or .svg (%(default)s)",
+    )
+    option(
+        "--data",
+        type=Path,
+        metavar="FILE.npz",
+        help="arrays x_train, y_train, x_test, y_test: your images, (n, height, width) or (n, height, width, channels), halved "
+        "until a side is at most 16 pixels, and labels from 0 (the digits of scikit-learn)",
+    )
     option("--list", action="store_true", help="name every optimizer and stop")
     return parser
 
@@ -68,8 +79,8 @@ def _chosen(names: str) -> list[str]:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    if options.steps < 1:
-        raise ValueError(f"--steps: found {options.steps}; expected 1 or more")
+    if not 1 <= options.steps <= 1_000_000:
+        raise ValueError(f"--steps: found {options.steps}; expected 1 to 1000000")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: found {options.batch_size}; expected 1 or more")
     if not 0 <= options.seed < 2**32:
@@ -100,12 +111,12 @@ def _check_extras() -> None:
 
 def _describe_all() -> str:
     """Every optimizer and the first line of its docstring, in two columns."""
-    widest = max(map(len, OPTIMIZERS))
+    widest = max(map(len, OPTIMIZERS)) + 2
+    width = max(shutil.get_terminal_size().columns, 40) if sys.stdout.isatty() else 1000
     lines = []
     for name, make in OPTIMIZERS.items():
-        text = (inspect.getdoc(make) or "").partition("\n")[0]
-        room = max(shutil.get_terminal_size().columns, 40)
-        lines.append(textwrap.fill(text, room, initial_indent=f"{name:{widest}}  ", subsequent_indent=" " * (widest + 2)))
+        first = (inspect.getdoc(make) or "").partition("\n")[0]
+        lines.append(textwrap.fill(first, width, initial_indent=name.ljust(widest), subsequent_indent=" " * widest))
     return "\n".join(lines) + "\n"
 
 
@@ -116,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0, or 130 if interrupted.
 
     Raises:
-      SystemExit: with status 2, after one line on stderr, if an option or a file is wrong; nothing was trained then.
+      SystemExit: with status 2, after one line on stderr, if an option or a file is wrong, before anything is trained.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters still shows the rest
@@ -138,17 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        courses = {}
         with _report.progress(names, options.steps * (1 + sweeps)) as tell:
-            for name in names:
-                courses[name] = demo.run(OPTIMIZERS[name], setting, options.learning_rate, functools.partial(tell, name))
-        _report.show(courses, sweeps)
-        source = "scikit-learn digits" if options.data is None else options.data.name
+            courses = {
+                name: demo.run(OPTIMIZERS[name], setting, options.learning_rate, functools.partial(tell, name)) for name in names
+            }
+    except KeyboardInterrupt:
+        return 130
+    _report.show(courses, sweeps)
+    source = "scikit-learn digits" if options.data is None else options.data.name
+    try:
         _report.draw(courses, options.output, f"{source}, batches of {options.batch_size}, seed {options.seed}")
     except OSError as error:
         parser.error(f"--output: cannot write {str(options.output)!r}: {error.strerror}")
-    except KeyboardInterrupt:
-        return 130
     sys.stdout.write(f"\nWrote {options.output}\n")
     return 0
 

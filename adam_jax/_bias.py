@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
-from adam_jax._moments import Moments, Weight, expect_moments
+from adam_jax._moments import Moments, expect_moments, grow
 from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import PyTree, lift, over, scalar_dtype, times, widen
 
@@ -36,7 +36,9 @@ def correct_bias(*, mu: bool = True, nu: bool = True) -> tuple[Init, Update]:
             corrected = lift(lambda g, m: over(m, moments.mu_weight), moments.grad, mu=moments.mu)
             moments = moments._replace(mu=corrected, mu_weight=one)
         if nu and moments.nu is not None:
-            corrected = lift(lambda g, v: over(v, moments.nu_weight), moments.grad, free=("nu",), nu=moments.nu)
+            # XLA merges μ's division with the one by √ν; ν's would be a second for every element, where a CPU has to wait.
+            nu_factor = 1 / moments.nu_weight
+            corrected = lift(lambda g, v: times(v, nu_factor), moments.grad, free=("nu",), nu=moments.nu)
             moments = moments._replace(nu=corrected, nu_weight=one)
         return moments, state
 
@@ -48,12 +50,12 @@ class LookAheadState(NamedTuple):
 
     Attributes:
       step: steps taken, int32.
-      weight: 1 − ∏μₜ over the momentum's own schedule.
+      weight: 1 − ∏μₜ over the momentum's own schedule, as the sum of two floats.
       hyperparams: the momentum that the last step used.
     """
 
     step: Array
-    weight: Weight
+    weight: Array
     hyperparams: dict[str, Array]
 
 
@@ -76,17 +78,17 @@ def look_ahead(b1: ScalarOrSchedule = 0.9) -> tuple[Init, Update]:
 
     def init(params: PyTree) -> LookAheadState:
         scalars = scalar_dtype(params)
-        return LookAheadState(jnp.zeros((), jnp.int32), Weight.zero(scalars), first_values({"momentum": momentum}, scalars))
+        return LookAheadState(jnp.zeros((), jnp.int32), jnp.zeros(2, scalars), first_values({"momentum": momentum}, scalars))
 
     def update(updates: Any, state: LookAheadState, params: Any, context: Context) -> tuple[Moments, LookAheadState]:
         moments = expect_moments(updates, "look_ahead()")
-        scalars = state.weight.high.dtype
+        scalars = state.weight.dtype
         step = increment(state.step)
         now, then = momentum.at(state.step), momentum.at(step)
-        weight = state.weight.grow(complement(now, scalars))
-        ahead = weight.grow(complement(then, scalars))
-        keep = cast(then, scalars) / ahead.high
-        add = complement(now, scalars) / weight.high
+        weight = grow(state.weight, complement(now, scalars))
+        ahead = grow(weight, complement(then, scalars))
+        keep = cast(then, scalars) / ahead[0]
+        add = complement(now, scalars) / weight[0]
         mu = lift(lambda grad, mu: times(mu, keep) + times(widen(grad), add), moments.grad, mu=moments.mu)
         moments = moments._replace(mu=mu, mu_weight=jnp.ones_like(moments.mu_weight))
         return moments, LookAheadState(step, weight, {"momentum": cast(now, scalars)})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
-from adam_jax._moments import Moments, Weight
+from adam_jax._moments import Moments, grow
 from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import (
     PyTree,
@@ -130,13 +130,13 @@ class AverageParametersState(NamedTuple):
     Attributes:
       step: steps taken, int32.
       average: the averaged parameters, float32 or wider, corrected for their bias; before the first step the initial ones.
-      average_weight: the weight that the average has gathered.
+      average_weight: the weight that the average has gathered, as the sum of two floats.
       hyperparams: the decay that the last step used.
     """
 
     step: Array
     average: PyTree
-    average_weight: Weight
+    average_weight: Array
     hyperparams: dict[str, Array]
 
 
@@ -166,17 +166,17 @@ def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
             step=jnp.zeros((), jnp.int32),
             # A copy, even where the dtype is the same: a donated step must not be given one buffer twice.
             average=like_params(lambda p: jnp.array(p, wide_dtype(p), copy=True), params),
-            average_weight=Weight.zero(scalars),
+            average_weight=jnp.zeros(2, scalars),
             hyperparams=first_values(hypers, scalars),
         )
 
     def update(updates: Any, state: AverageParametersState, params: Any, context: Context) -> tuple[Any, AverageParametersState]:
         params = expect_params(params, "average_parameters()")
-        scalars = state.average_weight.high.dtype
+        scalars = state.average_weight.dtype
         value = hypers["decay"].at(state.step)
         rate = complement(value, scalars)
-        weight = state.average_weight.grow(rate)
-        share = rate / weight.high
+        weight = grow(state.average_weight, rate)
+        share = rate / weight[0]
 
         def leaf(update: Any, param: Any, average: Array) -> tuple[Any, Array]:
             dtype = jnp.result_type(param)  # what the caller will hold: update and sum are both rounded to it

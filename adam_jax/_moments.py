@@ -65,23 +65,17 @@ class Moments(NamedTuple):
     nu_ready: Array | None = None
 
 
-class Weight(NamedTuple):
-    """An average of ones, as the sum of two floats.
+def grow(weight: Array, rate: Array) -> Array:
+    """The next weight: an average of ones, moved by `rate`.
 
-    One float is not enough: near 0.01 and at β₂ = 0.999999, ten thousand roundings add up to 3e-6.
+    A weight is kept as the sum of two floats, `weight[0] + weight[1]`, the second being what the first rounds away. One float
+    is not enough: near 0.01 and at β₂ = 0.999999, ten thousand roundings add up to 3e-6. They are one array, and the weights
+    of both moments too, because XLA makes a kernel of every scalar.
     """
-
-    high: Array
-    low: Array
-
-    @classmethod
-    def zero(cls, dtype: Any) -> Weight:
-        return cls(jnp.zeros((), dtype), jnp.zeros((), dtype))
-
-    def grow(self, rate: Array) -> Weight:
-        step = self.low + rate * ((1 - self.high) - self.low)
-        high = self.high + step
-        return Weight(high, (self.high - high) + step)
+    high, low = weight
+    step = low + rate * ((1 - high) - low)
+    grown = high + step
+    return jnp.stack([grown, (high - grown) + step])
 
 
 def expect_moments(updates: Any, who: str) -> Moments:
@@ -129,16 +123,14 @@ class TrackMomentsState(NamedTuple):
       count: steps taken, int32; stays at 2³¹ − 1.
       mu: first moments at rest, or `None`.
       nu: second moments at rest, or `None`.
-      mu_weight: the weight of `mu`.
-      nu_weight: the weight of `nu`.
+      weights: the weights of `mu` and of `nu`, each as the sum of two floats: shape (2 floats, 2 moments).
       hyperparams: the values that the last step used.
     """
 
     count: Array  # type: ignore[assignment]  # tuple.count is never called
     mu: PyTree
     nu: PyTree
-    mu_weight: Weight
-    nu_weight: Weight
+    weights: Array
     hyperparams: dict[str, Array]
 
 
@@ -208,13 +200,12 @@ def track_moments(
             count=jnp.zeros((), jnp.int32),
             mu=None if b1 is None else like_params(zero_mu, params),
             nu=None if b2 is None else jax.tree_util.tree_map_with_path(first_nu, params),
-            mu_weight=Weight.zero(scalars),
-            nu_weight=Weight.zero(scalars),
+            weights=jnp.zeros((2, 2), scalars),
             hyperparams=first_values(hypers, scalars),
         )
 
     def update(grads: Any, state: TrackMomentsState, params: Any, context: Context) -> tuple[Moments, TrackMomentsState]:
-        scalars = state.mu_weight.high.dtype
+        scalars = state.weights.dtype
         values = {name: h.at(state.count) for name, h in hypers.items()}
         used = {name: cast(value, scalars) for name, value in values.items()}
         zero, one = jnp.zeros((), scalars), jnp.ones((), scalars)
@@ -246,22 +237,21 @@ def track_moments(
 
         mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), mu=state.mu, nu=state.nu)
         nu = nu if b2 is not None else None
-        mu_weight = state.mu_weight.grow(mu_rate)
-        nu_weight = state.nu_weight.grow(nu_rate if rule.weighs else one)
+        weights = grow(state.weights, jnp.stack([mu_rate, nu_rate if rule.weighs else one]))
         count = increment(state.count)
         moments = Moments(
             grad=grads,
             mu=mu,
             nu=state.nu if nu_delay else nu,
-            mu_weight=mu_weight.high,
-            nu_weight=one if nu_delay else nu_weight.high,
+            mu_weight=weights[0, 0],
+            nu_weight=one if nu_delay else weights[0, 1],
             mu_decay=mu_decay,
             mu_rate=mu_rate,
             nu_rate=nu_rate,
             count=count,
         )
         resting = None if b1 is None else like_params(rest.narrow, mu)
-        return moments, TrackMomentsState(count, resting, nu, mu_weight, nu_weight, used)
+        return moments, TrackMomentsState(count, resting, nu, weights, used)
 
     return init, update
 

@@ -172,7 +172,7 @@ def cost_table(results: Iterable[Result], torch_device: str) -> Table:
         "Adam: update and apply in one jitted, donated step",
         ("tree", "", "step", ratio_head, "compile", ratio_head, "bytes accessed", "a parameter", "temporary bytes"),
         [_cost_row(result, name, torch_device) for result in results for name in (*OPTIMIZERS, TORCH)],
-        "Medians. Compile: trace, lower and compile with empty caches. Bytes: XLA's own count.",
+        "Medians. Compile: trace, lower and compile with empty caches. Bytes: XLA's count, a float32.",
     )
 
 
