@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import inspect
 import io
-import math
 import shutil
 import sys
 import textwrap
@@ -86,8 +85,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed: found {options.seed}; expected 0 to 2^32 - 1")
     rate = options.learning_rate
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"--learning-rate: found {rate}; expected a positive number")
+    if rate is not None and not 1e-38 < rate < 1e38:
+        raise ValueError(f"--learning-rate: found {rate}; expected a positive number that float32 can hold")
 
 
 def _check_output(path: Path) -> None:

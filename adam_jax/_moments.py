@@ -121,14 +121,32 @@ class TrackMomentsState(NamedTuple):
 
     Attributes:
       count: steps taken, int32; stays at 2³¹ − 1.
-      mu: first moments at rest, or `None`.
-      nu: second moments at rest, or `None`.
+      mu: first moments at rest.
+      nu: second moments at rest.
       weights: the weights of `mu` and of `nu`, each as the sum of two floats: shape (2 floats, 2 moments).
       hyperparams: the values that the last step used.
     """
 
     count: Array  # type: ignore[assignment]  # tuple.count is never called
     mu: PyTree
+    nu: PyTree
+    weights: Array
+    hyperparams: dict[str, Array]
+
+
+class TrackMeanState(NamedTuple):
+    """State of `track_moments(b1, None)`: what is not tracked has no field, so `optax.tree.get` finds what is."""
+
+    count: Array  # type: ignore[assignment]
+    mu: PyTree
+    weights: Array
+    hyperparams: dict[str, Array]
+
+
+class TrackSquareState(NamedTuple):
+    """State of `track_moments(None, b2)`."""
+
+    count: Array  # type: ignore[assignment]
     nu: PyTree
     weights: Array
     hyperparams: dict[str, Array]
@@ -184,10 +202,17 @@ def track_moments(
     expect_one_of("nu_rule", nu_rule, tuple(NU_RULES))
     if not callable(blocks):
         expect_one_of("blocks", blocks, (None, "leaf", "output"))
+    if b1 is None and b2 is None:
+        raise ValueError("track_moments: found None for both b1 and b2; expected at least one decay: there is nothing to track.")
     rule = NU_RULES[nu_rule]
     rest = storage.resting(mu_dtype, "mu_dtype")
 
-    def init(params: PyTree) -> TrackMomentsState:
+    def state_of(count: Array, mu: PyTree, nu: PyTree, weights: Array, used: dict[str, Array]) -> Any:
+        if b1 is None:
+            return TrackSquareState(count, nu, weights, used)
+        return TrackMeanState(count, mu, weights, used) if b2 is None else TrackMomentsState(count, mu, nu, weights, used)
+
+    def init(params: PyTree) -> Any:
         scalars = scalar_dtype(params)
 
         def zero_mu(p: Any) -> Array:
@@ -196,15 +221,15 @@ def track_moments(
         def first_nu(path: Any, p: Any) -> Array | None:
             return jnp.full(_shared_shape(blocks, path, p), nu_init, real_dtype(p)) if takes_part(p) else None
 
-        return TrackMomentsState(
-            count=jnp.zeros((), jnp.int32),
-            mu=None if b1 is None else like_params(zero_mu, params),
-            nu=None if b2 is None else jax.tree_util.tree_map_with_path(first_nu, params),
-            weights=jnp.zeros((2, 2), scalars),
-            hyperparams=first_values(hypers, scalars),
+        return state_of(
+            jnp.zeros((), jnp.int32),
+            like_params(zero_mu, params),
+            jax.tree_util.tree_map_with_path(first_nu, params),
+            jnp.zeros((2, 2), scalars),
+            first_values(hypers, scalars),
         )
 
-    def update(grads: Any, state: TrackMomentsState, params: Any, context: Context) -> tuple[Moments, TrackMomentsState]:
+    def update(grads: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
         scalars = state.weights.dtype
         values = {name: h.at(state.count) for name, h in hypers.items()}
         used = {name: cast(value, scalars) for name, value in values.items()}
@@ -235,14 +260,15 @@ def track_moments(
             mu = moment(g, mu)
             return mu, None if nu is None else second_moment(g, mu, nu)
 
-        mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), mu=state.mu, nu=state.nu)
+        resting_mu, resting_nu = getattr(state, "mu", None), getattr(state, "nu", None)
+        mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), mu=resting_mu, nu=resting_nu)
         nu = nu if b2 is not None else None
         weights = grow(state.weights, jnp.stack([mu_rate, nu_rate if rule.weighs else one]))
         count = increment(state.count)
         moments = Moments(
             grad=grads,
             mu=mu,
-            nu=state.nu if nu_delay else nu,
+            nu=resting_nu if nu_delay else nu,
             mu_weight=weights[0, 0],
             nu_weight=one if nu_delay else weights[0, 1],
             mu_decay=mu_decay,
@@ -250,8 +276,7 @@ def track_moments(
             nu_rate=nu_rate,
             count=count,
         )
-        resting = None if b1 is None else like_params(rest.narrow, mu)
-        return moments, TrackMomentsState(count, resting, nu, weights, used)
+        return moments, state_of(count, like_params(rest.narrow, mu), nu, weights, used)
 
     return init, update
 

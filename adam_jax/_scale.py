@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment
@@ -54,7 +55,8 @@ def scale_by_moments(
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
             least = 2.0 ** (finfo(nu.dtype).minexp // 2)
-            outside = eps if isinstance(eps, float) and eps > least else jnp.maximum(used["eps"].astype(nu.dtype), least)
+            known = isinstance(eps, float) and eps > least
+            outside = np.asarray(eps, nu.dtype) if known else jnp.maximum(used["eps"].astype(nu.dtype), least)
             if not (isinstance(eps_root, (int, float)) and eps_root == 0):
                 nu = nu + used["eps_root"].astype(nu.dtype)
             size = lax.sqrt(nu) if root else nu
@@ -167,8 +169,8 @@ def clip_elements(limit: ScalarOrSchedule) -> tuple[Init, Update]:
 def leaf_norm(x: Array) -> Array:
     """The Euclidean norm of a leaf, without overflow in the squares."""
     largest = jnp.max(jnp.abs(x), initial=0)
-    unit = jnp.where(largest > 0, largest, 1)
-    return unit * jnp.sqrt(jnp.sum(square(over(x, unit))))
+    total = jnp.sum(square(over(x, jnp.where(largest > 0, largest, 1))))
+    return largest * jnp.sqrt(jnp.where(total > 0, total, 1))  # √0 has no derivative
 
 
 @stage(takes="updates", gives="updates", rate="before")

@@ -134,7 +134,7 @@ def lift(f: Callable[..., Any], updates: PyTree, /, *, outputs: int = 1, free: t
     located, structure = _located(updates)
     columns = []
     for name, other in others.items():
-        if other is None and located:
+        if other is None:
             columns.append([None] * len(located))
             continue
         try:
@@ -160,7 +160,14 @@ def _located(tree: PyTree) -> tuple[list[Any], Any]:
 
 
 def _fits(located: list[Any], column: list[Any], free: bool) -> bool:
-    return all(not takes_part(leaf) or _matches(leaf, other, free) for (_, leaf), other in zip(located, column, strict=True))
+    return all(
+        _matches(leaf, other, free) if takes_part(leaf) else not _is_moment(other)
+        for (_, leaf), other in zip(located, column, strict=True)
+    )
+
+
+def _is_moment(other: Any) -> bool:
+    return hasattr(other, "dtype") and takes_part(other)
 
 
 def _matches(leaf: Any, other: Any, free: bool) -> bool:
@@ -182,6 +189,13 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
     for path, shape in found.items():
         if path in wanted and wanted[path] != shape and not (free and len(shape) == len(wanted[path])):
             return f"at leaf '{path}' the gradient has shape {shape}, but {name} has shape {wanted[path]}. {remedy}"
+    for path, leaf in located:
+        name_of = jax.tree_util.keystr(path)
+        if not takes_part(leaf) and name_of in wanted:
+            return (
+                f"at leaf '{name_of}' the gradient has dtype {dtype_of(leaf)}, but {name} is floating there; expected a floating "
+                f"gradient. {remedy}"
+            )
     extra, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
     says = [f"leaves with a gradient that {name} does not have: {_some(extra)}"] if extra else []
     says += [f"leaves of {name} without a gradient: {_some(missing)}"] if missing else []
@@ -208,10 +222,11 @@ def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None) -> PyTree:
     Where a leaf is an integer and its parameter is known, its update becomes a zero of the parameter's dtype: `float0`
     cannot be added, and `optax.apply_updates` would stop at it.
     """
+    narrowed = lift(lambda u, g, p: u.astype(dtype_of(g)), updates, gradient=gradient, params=params)
+    if params is None:
+        return narrowed
 
-    def leaf(u: Any, g: Any, p: Any = None) -> Any:
-        if takes_part(u):
-            return u.astype(dtype_of(g))
-        return jnp.zeros(jnp.shape(u), dtype_of(p)) if p is not None and u.dtype == dtypes.float0 else u
+    def still(u: Any, p: Any) -> Any:
+        return jnp.zeros(jnp.shape(u), dtype_of(p)) if dtype_of(u) == dtypes.float0 else u
 
-    return jax.tree.map(leaf, updates, gradient, *([] if params is None else [params]))
+    return jax.tree.map(still, narrowed, params)

@@ -244,9 +244,10 @@ def test_vmap_over_learning_rates_and_b2_trains_a_grid_in_one_call(train, agree,
 
 
 def numbers(member):
-    """The numeric arguments that have a default: name -> value."""
+    """The hyperparameters that have a numeric default: name -> value. Constants are none."""
+    constants = ("initial_scale", "initial_accumulator_value", "a", "b")
     arguments = inspect.signature(member).parameters.values()
-    return {a.name: a.default for a in arguments if a.annotation == "ScalarOrSchedule" and isinstance(a.default, float)}
+    return {a.name: a.default for a in arguments if type(a.default) is float and a.name not in constants}
 
 
 def test_every_hyperparameter_may_be_a_number_traced_or_a_schedule(member, agree):

@@ -10,7 +10,9 @@ import adam_jax
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [(page.name, i, code) for page in PAGES for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))]
+BLOCKS = [
+    (page.name, i, code) for page in PAGES for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
 
 
 @pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS])
@@ -26,9 +28,7 @@ def test_readme_has_its_examples():
 def test_every_public_name_is_documented():
     api = (ROOT / "docs" / "api.md").read_text()
     missing = [
-        name
-        for name in adam_jax.__all__
-        if name not in adam_jax.family.__all__ and not re.search(rf"adam_jax\.{name}\b", api)
+        name for name in adam_jax.__all__ if name not in adam_jax.family.__all__ and not re.search(rf"adam_jax\.{name}\b", api)
     ]
     assert missing == []
     assert all(getattr(adam_jax, name).__doc__ for name in adam_jax.__all__)

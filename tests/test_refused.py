@@ -36,10 +36,13 @@ def refused(error, *says):
 
 def arguments(*names):
     """Those of the named arguments that each member takes."""
-    for member in adam_jax.family.__all__:
-        for name in inspect.signature(getattr(adam_jax, member)).parameters:
-            if name in names:
-                yield pytest.param(getattr(adam_jax, member), name, id=f"{member}-{name}")
+    members = {name: getattr(adam_jax, name) for name in adam_jax.family.__all__}
+    return [
+        pytest.param(make, argument, id=f"{name}-{argument}")
+        for name, make in members.items()
+        for argument in inspect.signature(make).parameters
+        if argument in names
+    ]
 
 
 # Numbers, when they are given
@@ -66,7 +69,7 @@ def test_a_learning_rate_that_is_not_finite(member, value):
         member(value)
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], {"a": 0.1}, 0.1 + 1j, object()], ids=repr)
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], {"a": 0.1}, 0.1 + 1j, Ellipsis], ids=repr)
 def test_a_learning_rate_that_is_no_number(member, value):
     with refused(TypeError, "learning_rate: found", repr(value), "expected"):
         member(value)
@@ -128,7 +131,7 @@ def test_a_choice_that_does_not_exist(name, make):
 
 track, correct, scale, rate = track_moments(), correct_bias(), scale_by_moments(), scale_by_learning_rate(0.1)
 ORDERS = {
-    "no_moments": ([correct, scale, rate, track, correct, rate], "position 3"),
+    "no_moments": ([optax.clip(1.0), correct, scale], "correct_bias()", "position 1", "takes Moments", "track_moments"),
     "scale_twice": ([track, scale, scale], "scale_by_moments", "position 2", "position 1", "takes Moments", "track_moments"),
     "correct_after_scale": ([track, scale, correct], "correct_bias()", "position 2", "gives plain updates", "Put it between"),
     "rate_on_moments": ([track, rate], "scale_by_learning_rate", "position 1", "takes plain updates", "Put scale_by_moments"),
@@ -174,7 +177,7 @@ WRONG = {
     "renamed": ({"tail": {"b": ROW, "w": FULL}}, "['tail']['b']", "['head']['b']", "call `init` again"),
     "list": ({"head": [ROW, FULL]}, "['head'][0]", "['head']['b']", "call `init` again"),
     "bare": (ROW, "['head']['b']", "call `init` again"),
-    "integers": ({"head": {"b": jnp.arange(3), "w": FULL}}, "['head']['b']", "int32", "float32"),
+    "integers": ({"head": {"b": jnp.arange(3), "w": FULL}}, "['head']['b']", "int32", "floating"),
 }
 
 
@@ -210,7 +213,7 @@ def test_parameters_that_do_not_fit_the_gradients(member, name):
 )
 def test_an_update_without_the_parameters_that_it_needs(tx, who, how):
     with refused(ValueError, who, "call update(grads, state, params)"):
-        how(lambda grads, state: tx.update(grads, state))(PARAMS, tx.init(PARAMS))
+        how(tx.update)(PARAMS, tx.init(PARAMS))
 
 
 def test_a_mask_that_does_not_fit():
@@ -235,3 +238,14 @@ def test_a_cautious_link_that_knows_no_gradient():
     tx = optax.chain(adam_jax.adam(0.1), cautious())
     with refused(ValueError, "cautious() does not know", "gradient=grads"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_tracking_nothing():
+    with refused(ValueError, "b1 and b2", "at least one"):
+        track_moments(None, None)
+
+
+def test_blocks_along_axes_that_a_leaf_does_not_have():
+    tx = adam_jax.adam_mini(0.1, blocks=lambda path, shape: (2,))
+    with refused(ValueError, "blocks: found the axes (2,)", "['head']['b']", "(3,)"):
+        tx.init(PARAMS)
