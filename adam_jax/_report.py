@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -107,8 +107,9 @@ def draw(courses: dict[str, Course], path: Path, subtitle: str) -> None:
     lowest = 60 if min(course.accuracy for course in courses.values()) > 0.8 else 0
     loss.set(yscale="log", title="Training loss", ylabel="cross-entropy (nats)")
     accuracy.set(title="Test accuracy", ylabel="correct (%)", ylim=(lowest, 100.5))
-    loss.yaxis.set_major_formatter(LogFormatter())
-    loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # labels only where decades are few
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
     for axes in (loss, accuracy):
         axes.set_xlabel("training steps")
         axes.set_xlim(left=0)

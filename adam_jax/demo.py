@@ -6,6 +6,7 @@ Data flows from top to bottom: images → network → the training of one rate �
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import zipfile
 import zlib
@@ -24,15 +25,19 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 GOAL = 0.95
 EVALUATIONS = 50
+LARGEST = 16  # pixels: larger images are halved until they fit, so that a sweep over MNIST takes a minute or two
+SLICE = 512  # images evaluated at once
 LAST = 5  # evaluations at the end of a sweep whose mean chooses the rate, so that one lucky step does not
 MOST = 1000  # images that validate a rate or draw a curve: enough to tell, and little beside the training on MNIST
 
 Factory: TypeAlias = Callable[[Any], optax.GradientTransformationExtraArgs]
 Tell: TypeAlias = Callable[[str, int], None]
 
+_wait: Callable[[Any], Any] = jax.block_until_ready  # some versions of JAX leave it without types
+
 
 class Data(NamedTuple):
-    """Images (n, height, width, channels) of float32 with a largest value of 1, and labels (n,) of int32 from 0."""
+    """Images (n, height, width, channels) of float32, none in x_train beyond ±1, and labels (n,) of int32 from 0."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -46,7 +51,7 @@ class Course(NamedTuple):
     Attributes:
       rate: its learning rate.
       edge: "smallest" or "largest" if the sweep chose the end of its range, where a better rate may lie beyond; else "".
-      steps, losses, accuracies: the curves, of the training loss and the test accuracy after so many steps.
+      steps, losses, accuracies: the curves: training loss and test accuracy after so many steps, on at most `MOST` images.
       loss: the training loss at the end, on the first 10,000 training images.
       accuracy: the test accuracy at the end, on all test images.
       seconds: spent on the steps of the final run, neither compiling nor evaluating.
@@ -71,11 +76,10 @@ def digits() -> Data:
     """The 1,797 digits of scikit-learn, 8×8 pixels, a fifth of them for the test: the same fifth whatever the seed."""
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8)
-    order = np.random.default_rng(0).permutation(len(images))
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
     train, test = order[360:], order[:360]
-    return check(images[train], labels[train], images[test], labels[test])
+    return check(digits.images[train], digits.target[train], digits.images[test], digits.target[test])
 
 
 def read(path: Path) -> Data:
@@ -84,23 +88,22 @@ def read(path: Path) -> Data:
     Raises:
       ValueError: if there is no such file, or it cannot be read, or an array is missing, or `check` refuses one.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file; write one with numpy.savez")
     try:
+        with path.open("rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise ValueError("it is not an .npz file, which numpy.savez writes")
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ARRAYS if name not in file.files]
             if missing:
-                raise ValueError(f"no array {', '.join(missing)}; expected {', '.join(ARRAYS)}")
+                raise ValueError(f"found no array {', '.join(missing)}; expected {', '.join(ARRAYS)}")
             arrays = [file[name] for name in ARRAYS]
         return check(*arrays)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"--data: {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Data:
-    """Images of any numeric dtype and integer labels, checked and scaled.
+    """Images of any numeric dtype and integer labels: checked, scaled and shuffled.
 
     Raises:
       ValueError: naming the array that does not fit, what was found in it and what was expected.
@@ -118,7 +121,14 @@ def check(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: 
     if strange := np.setdiff1d(y_test, known).tolist():
         raise ValueError(f"y_test: found label {strange[0]}, which is not in y_train; expected 0 to {top}")
     scale = np.abs(x_train.astype(np.promote_types(x_train.dtype, np.float32), copy=False)).max() or 1
-    return Data(_scaled(x_train, scale), y_train.astype(np.int32), _scaled(x_test, scale), y_test.astype(np.int32))
+    # Shuffled, so that the first so many images of a file sorted by label are a fair sample too.
+    train, test = (np.random.default_rng(0).permutation(len(labels)) for labels in (y_train, y_test))
+    return Data(
+        _scaled(x_train, scale)[train],
+        y_train[train].astype(np.int32),
+        _scaled(x_test, scale)[test],
+        y_test[test].astype(np.int32),
+    )
 
 
 def _check_images(name: str, images: np.ndarray) -> None:
@@ -143,27 +153,31 @@ def _check_labels(name: str, labels: np.ndarray) -> None:
 
 
 def _scaled(images: np.ndarray, scale: Any) -> np.ndarray:
+    images = np.divide(images, scale, dtype=np.promote_types(images.dtype, np.float32)).astype(np.float32)
     images = images if images.ndim == 4 else images[..., None]
-    return np.divide(images, scale, dtype=np.promote_types(images.dtype, np.float32)).astype(np.float32)
+    while min(images.shape[1:3]) > LARGEST:
+        images = _halve(images)
+    return images
+
+
+def _halve(images: Any) -> Any:
+    """The mean of every 2×2 pixels; of an odd number of rows or columns the last is dropped."""
+    n, height, width, channels = images.shape
+    even = images[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
 def _convolve(images: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """A convolution of stride 1 that keeps the size, as one matrix product.
+    """A 3×3 convolution that keeps the size, as one matrix product.
 
     Mapped over rates each network has its own kernel, and XLA has no fast code on the CPU for the grouped convolution that
     this becomes: as a batch of matrix products the sweep takes a tenth of the time.
     """
     height, width = images.shape[1:3]
-    down, right = kernel.shape[:2]
-    padded = jnp.pad(images, ((0, 0), (down // 2, down // 2), (right // 2, right // 2), (0, 0)))
-    patches = [padded[:, i : i + height, j : j + width] for i in range(down) for j in range(right)]
-    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _halve(images: Array) -> Array:
-    n, height, width, channels = images.shape
-    even = images[:, : height // 2 * 2, : width // 2 * 2]
-    return even.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    columns = jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=-1)
+    patches = jnp.concatenate([columns[:, :, j : j + width] for j in range(3)], axis=-1)
+    return patches @ kernel.swapaxes(0, 1).reshape(-1, kernel.shape[-1])
 
 
 class Network(nn.Module):
@@ -176,7 +190,8 @@ class Network(nn.Module):
         """The logits of a batch of images."""
         for features in (16, 32):
             images = _halve(nn.relu(nn.Conv(features, (3, 3), conv_general_dilated=_convolve)(images)))
-        return nn.Dense(self.classes)(images.reshape(len(images), -1))
+        logits: Array = nn.Dense(self.classes)(images.reshape(len(images), -1))
+        return logits
 
 
 class Setting(NamedTuple):
@@ -204,7 +219,8 @@ def prepare(data: Data, steps: int, batch_size: int, seed: int, sweeps: bool) ->
     if batch_size > len(order) - held:
         aside = f" ({held} more are held out to choose the rate)" if held else ""
         raise ValueError(f"--batch-size: found {batch_size}; expected at most the {len(order) - held} training images{aside}")
-    params = jax.jit(network.init)(jax.random.key(seed), data.x_train[:1])
+    key = jax.random.key(seed, impl="rbg")  # on the CPU the default generator takes seconds more to compile
+    params = jax.jit(network.init)(key, data.x_train[:1])
     return Setting(network, params, data, order[held:], order[:held], steps, batch_size, seed)
 
 
@@ -233,7 +249,7 @@ def sweep(make: Factory, setting: Setting, tell: Tell) -> int:
     tell(f"compiling {len(RATES)} rates", 0)
     x, y = setting.data.x_train, setting.data.y_train
     images, labels, order = jnp.asarray(x), jnp.asarray(y), _batches(setting, setting.fit)
-    held_out = jnp.asarray(x[setting.validation]), jnp.asarray(y[setting.validation])
+    held_out = x[setting.validation], y[setting.validation]
     rates = jnp.asarray(RATES, jnp.float32)
     begin, advance = _trainer(make, setting.network)
     carry = jax.jit(jax.vmap(begin, (None, 0)))(setting.params, rates)
@@ -242,9 +258,11 @@ def sweep(make: Factory, setting: Setting, tell: Tell) -> int:
     losses = []
     chunks = _chunks(setting.steps)
     for first, last in chunks:
-        carry = jax.block_until_ready(advance_all(carry, rates, images, labels, order, first, last))
+        carry = _wait(advance_all(carry, rates, images, labels, order, first, last))
         if (first, last) in chunks[-LAST:]:
-            losses.append(_evaluate_all(setting.network, carry[0], *held_out)[0])
+            stacked = jax.device_get(carry[0])
+            each = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(len(RATES))]
+            losses.append([_evaluate(setting.network, params, *held_out)[0] for params in each])
         tell(f"trying {len(RATES)} rates", int(last))
     mean = np.mean(losses, axis=0)
     # A rate that diverged is infinitely bad; if all did, the smallest is the one to show.
@@ -256,8 +274,6 @@ def train(make: Factory, setting: Setting, rate: float, edge: str, tell: Tell) -
     tell(f"compiling rate {rate:g}", 0)
     data, network = setting.data, setting.network
     images, labels = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
-    seen = images[:MOST], labels[:MOST]
-    unseen = jnp.asarray(data.x_test[:MOST]), jnp.asarray(data.y_test[:MOST])
     order = _batches(setting, np.arange(len(images)))
     traced_rate = jnp.asarray(rate, jnp.float32)
     begin, advance = map(jax.jit, _trainer(make, network))
@@ -267,14 +283,14 @@ def train(make: Factory, setting: Setting, rate: float, edge: str, tell: Tell) -
     # The first chunk has no step: it compiles, which is not timed, and lets the curves begin at the start.
     for first, last in [(np.int32(0), np.int32(0)), *_chunks(setting.steps)]:
         begun = time.perf_counter()
-        carry = jax.block_until_ready(advance(carry, traced_rate, images, labels, order, first, last))
+        carry = _wait(advance(carry, traced_rate, images, labels, order, first, last))
         seconds += time.perf_counter() - begun if last else 0.0
         steps.append(int(last))
-        losses.append(float(_evaluate(network, carry[0], *seen)[0]))
-        accuracies.append(float(_evaluate(network, carry[0], *unseen)[1]))
+        losses.append(_evaluate(network, carry[0], data.x_train[:MOST], data.y_train[:MOST])[0])
+        accuracies.append(_evaluate(network, carry[0], data.x_test[:MOST], data.y_test[:MOST])[1])
         tell(f"training at rate {rate:g}", int(last))
-    loss = float(_evaluate(network, carry[0], images[:10_000], labels[:10_000])[0])
-    accuracy = float(_evaluate(network, carry[0], jnp.asarray(data.x_test), jnp.asarray(data.y_test))[1])
+    loss = _evaluate(network, carry[0], data.x_train[:10_000], data.y_train[:10_000])[0]
+    accuracy = _evaluate(network, carry[0], data.x_test, data.y_test)[1]
     return Course(rate, edge, steps, losses, accuracies, loss, accuracy, seconds)
 
 
@@ -292,7 +308,8 @@ def _trainer(make: Factory, network: Network) -> tuple[Callable[..., Any], Calla
 
         def loss(params: Any, chosen: Array) -> Array:
             logits = network.apply(params, images[chosen])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+            mean: Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+            return mean
 
         def step(i: Array, carry: Any) -> Any:
             params, state = carry
@@ -304,18 +321,23 @@ def _trainer(make: Factory, network: Network) -> tuple[Callable[..., Any], Calla
     return begin, advance
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluate(network: Network, params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
-    """The mean loss and the accuracy."""
-    logits = jax.lax.map(lambda image: network.apply(params, image[None])[0], images, batch_size=256)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, (logits.argmax(-1) == labels).mean()
+def _evaluate(network: Network, params: Any, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The mean loss and the accuracy, in slices of one size, so that every set of images shares one compiled function."""
+    total, right = 0.0, 0
+    for start in range(0, len(images), SLICE):
+        x, y = images[start : start + SLICE], labels[start : start + SLICE]
+        absent = SLICE - len(x)
+        x = np.pad(x, ((0, absent), (0, 0), (0, 0), (0, 0)))
+        losses, hits = jax.device_get(_score(network, params, x, np.pad(y, (0, absent))))
+        total += float(losses[: len(y)].sum(dtype=np.float64))
+        right += int(hits[: len(y)].sum())
+    return total / len(images), right / len(images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate_all(network: Network, params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
-    """The same for networks stacked along the first axis of `params`."""
-    return jax.vmap(lambda one: _evaluate(network, one, images, labels))(params)
+def _score(network: Network, params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
+    logits: Any = network.apply(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(-1) == labels
 
 
 def _batches(setting: Setting, indices: np.ndarray) -> Array:
@@ -328,4 +350,4 @@ def _batches(setting: Setting, indices: np.ndarray) -> Array:
 
 def _chunks(steps: int) -> list[tuple[Any, Any]]:
     ends = np.unique(np.linspace(0, steps, min(steps, EVALUATIONS) + 1).astype(np.int32))
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
