@@ -10,7 +10,7 @@ from jax import Array
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
 from adam_jax._moments import Moments, expect_moments, grow
 from adam_jax._transformation import Context, Init, Update, stage, stateless
-from adam_jax._tree import PyTree, lift, over, scalar_dtype, times, widen
+from adam_jax._tree import PyTree, lift, scalar_dtype, times, widen
 
 
 @stage(takes="moments", gives="moments")
@@ -32,12 +32,13 @@ def correct_bias(*, mu: bool = True, nu: bool = True) -> tuple[Init, Update]:
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
         moments = expect_moments(updates, "correct_bias()")
         one = jnp.ones_like(moments.mu_weight)
+        # By the reciprocals, formed once. XLA would divide at every element instead, and a CPU would wait for it.
         if mu and moments.mu is not None:
-            corrected = lift(lambda g, m: over(m, moments.mu_weight), moments.grad, mu=moments.mu)
+            mu_factor = one / moments.mu_weight
+            corrected = lift(lambda g, m: times(m, mu_factor), moments.grad, mu=moments.mu)
             moments = moments._replace(mu=corrected, mu_weight=one)
         if nu and moments.nu is not None:
-            # XLA merges μ's division with the one by √ν; ν's would be a second for every element, where a CPU has to wait.
-            nu_factor = 1 / moments.nu_weight
+            nu_factor = one / moments.nu_weight
             corrected = lift(lambda g, v: times(v, nu_factor), moments.grad, free=("nu",), nu=moments.nu)
             moments = moments._replace(nu=corrected, nu_weight=one)
         return moments, state

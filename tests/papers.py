@@ -18,10 +18,8 @@ def adam(gradients, theta, alpha, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.0, r
     """Kingma & Ba (2015), Algorithm 1; Loshchilov & Hutter (2019), Algorithm 2, with the decay times alpha."""
     alpha, beta1, beta2, eps, decay = map(dec, (alpha, beta1, beta2, eps, decay))
     theta = theta.astype(L)
-    m, v, t = np.zeros_like(theta), np.zeros_like(theta), 0
-    for g in gradients:
-        t += 1
-        g = g.astype(L)
+    m, v = np.zeros_like(theta), np.zeros_like(theta)
+    for t, g in enumerate(gradients.astype(L), 1):
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         if rounded_state:
@@ -35,8 +33,7 @@ def adam_scheduled(gradients, theta, alpha, betas1, betas2, eps=1e-8):
     """The same with β₁ and β₂ of every step given; the correction divides by 1 − ∏β."""
     theta, alpha, eps = theta.astype(L), dec(alpha), dec(eps)
     m, v, p1, p2 = np.zeros_like(theta), np.zeros_like(theta), L(1), L(1)
-    for g, beta1, beta2 in zip(gradients, betas1, betas2, strict=True):
-        g, beta1, beta2 = g.astype(L), L(beta1), L(beta2)
+    for g, beta1, beta2 in zip(gradients.astype(L), map(L, betas1), map(L, betas2), strict=True):
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         p1, p2 = p1 * beta1, p2 * beta2
         theta = theta - alpha * (m / (1 - p1)) / (np.sqrt(v / (1 - p2)) + eps)

@@ -45,8 +45,7 @@ def exact_updates(rounded_state=False):
     beta2 = np.array([papers.dec(b) for b in DECAYS])[:, None]
     m, v = np.zeros((1, SIZE), papers.L), np.zeros((len(DECAYS), SIZE), papers.L)
     beta1, found = papers.dec(0.9), []
-    for t, g in enumerate(gradients(TIMES[-1]), 1):
-        g = g.astype(papers.L)
+    for t, g in enumerate((row.astype(papers.L) for row in gradients(TIMES[-1])), 1):
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
         if rounded_state:
             m, v = m.astype(np.float32).astype(papers.L), v.astype(np.float32).astype(papers.L)
