@@ -57,7 +57,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             if isinstance(part, Transformation):
                 updates, after = part.update.spec.update(updates, before, params, inner)
                 if part.flow.rate == "applies":
-                    [used] = (value for name, value in hyperparameters(after).items() if name.endswith("learning_rate"))
+                    *_, used = (value for name, value in hyperparameters(after).items() if name.endswith("learning_rate"))
                     inner = inner._replace(applied=True, learning_rate=used)
             else:
                 updates, after = part.update(updates, before, params, **context.extra)

@@ -92,7 +92,7 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
     Args:
       threshold: > 0, in units of the learning rate.
 
-    Source: Wortsman et al., "Stable and low-precision training for large-scale vision-language models" (2023), §3.5 and
+    Source: Wortsman et al., "Stable and low-precision training for large-scale vision-language models" (2023),
     Algorithm 2; Shazeer & Stern, "Adafactor" (2018), §6.
     """
     hypers = {"threshold": Hyperparameter("threshold", threshold, "(0, inf)")}

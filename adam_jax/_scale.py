@@ -80,7 +80,7 @@ def scale_by_atan2(*, a: float = 1.0, b: float = 1.0) -> tuple[Init, Update]:
       a: factor outside, > 0.
       b: factor inside, > 0.
 
-    Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers" (2024), §4.3.
+    Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers" (2024), the section on ε.
     """
     Hyperparameter("a", a, "(0, inf)")
     Hyperparameter("b", b, "(0, inf)")

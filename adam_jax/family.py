@@ -124,7 +124,9 @@ def adamax(
 
     ν needs no correction: a maximum has its full weight at once.
 
-    Source: Kingma & Ba (2015), §7.1, Algorithm 2; the paper has no `eps`, which Optax and PyTorch put where it is here.
+    Source: Kingma & Ba (2015), §7.1, Algorithm 2.
+
+    Elsewhere: the paper has no `eps`; Optax and PyTorch have it where it is here. PyTorch's weight_decay goes into the gradient.
     """
     return chain(
         track_moments(b1, b2, nu_rule="infinity", nu_eps=eps),
@@ -252,8 +254,9 @@ def adabelief(
         nu ← b2·nu + (1 − b2)·(g − mu)² + eps_root
         params ← params − learning_rate·mu_hat / (√nu_hat + eps)
 
-    Source: Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients" (2020), Algorithm 2,
-    whose one ε stands in both places.
+    Source: Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients" (2020), Algorithm 2.
+
+    Elsewhere: Optax has the same. In the paper and its authors' code one ε stands in both places.
     """
     return chain(
         track_moments(b1, b2, nu_rule="belief", nu_eps=eps_root),
@@ -298,6 +301,9 @@ def lamb(
         params ← params − learning_rate·r·‖params‖/‖r‖
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (2020), Algorithm 2.
+
+    Elsewhere: Optax has the same, its norms in the parameters' dtype; the paper may bound ‖params‖ by a function φ, here the
+    identity. PyTorch has no LAMB.
     """
     return chain(
         track_moments(b1, b2),
@@ -380,6 +386,8 @@ def adopt(
     The first step only sets nu = g². As stages: RMSprop with a delayed ν, then momentum.
 
     Source: Taniguchi et al., "ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate" (2024), Algorithm 2.
+
+    Elsewhere: Optax has the same. The paper's Algorithm 1, without clipping, starts mu at the first d instead of at 0.
     """
     return chain(
         track_moments(None, b2, nu_delay=True),
@@ -405,6 +413,8 @@ def ademamix(
     The paper warms `alpha` and `b3` up from 0 and `b1`: give schedules.
 
     Source: Pagliardini, Ablin & Grangier, "The AdEMAMix Optimizer: Better, Faster, Older" (2024), Algorithm 1.
+
+    Elsewhere: Optax has the same. The authors' code has both warm-ups built in, and counts them from its own start.
     """
     return chain(
         track_moments(b1, b2, mu_dtype=mu_dtype),
@@ -430,6 +440,8 @@ def adam_mini(
     a Flax kernel), a head of a query or key matrix (give a function). `blocks="leaf"` is the coarsest.
 
     Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More" (2024), Algorithm 1.
+
+    Elsewhere: the authors' code tells the blocks by the names of PyTorch's parameters. Optax and PyTorch have no Adam-mini.
     """
     return chain(
         track_moments(b1, b2, blocks=blocks),
@@ -449,7 +461,9 @@ def adam_atan2(
 
         params ← params − learning_rate·(a·atan2(mu_hat, b·√nu_hat) + weight_decay·params)
 
-    Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers" (2024), §4.3.
+    Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers" (2024), the section on ε.
+
+    Elsewhere: Optax and PyTorch have no such member; others' code often has a = 4/π, which makes the largest step 2.
     """
     return chain(
         track_moments(b1, b2),

@@ -41,9 +41,10 @@ def test_every_member_is_in_the_table(page):
 
 
 def test_docstrings_of_members():
-    """Equations, a source with a year, and one line that says what it is."""
+    """One line that says what it is, equations, a source with a year and a place in it, and what others do."""
     for name in adam_jax.family.__all__:
         doc = getattr(adam_jax, name).__doc__
         assert re.match(r"[A-Z].*\.\n", doc), name
         assert "learning_rate·" in doc, name
-        assert re.search(r"Source: .*\((19|20)\d\d\)", doc), name
+        assert re.search(r"Source: .*\((19|20)\d\d\)", doc, re.S), name
+        assert "Elsewhere: " in doc, name
