@@ -14,7 +14,7 @@ from optax import apply_updates
 from adam_jax._links import average_parameters, averaged_parameters, cautious, clip_update_rms
 from adam_jax._chain import chain
 from adam_jax._hyperparams import hyperparameters
-from adam_jax._transformation import Context, Transformation, recipe, stage
+from adam_jax._transformation import Context, Flow, Transformation, recipe, stage
 from adam_jax import family
 from adam_jax.family import (
     adam,
@@ -61,6 +61,7 @@ __all__ = [
     "chain",
     "hyperparameters",
     "Context",
+    "Flow",
     "Transformation",
     "recipe",
     "stage",

@@ -19,7 +19,7 @@ from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, comple
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import (
     PyTree,
-    lerp,
+    averaging,
     lift,
     like_params,
     mean,
@@ -93,27 +93,23 @@ class NuRule(NamedTuple):
 
     Attributes:
       sees: (g, mu) -> what ν averages, real.
-      moves: (nu, seen, b2, rate, eps) -> the next ν; scalars have ν's dtype.
+      moves: (nu, seen, average, b2, rate, eps) -> the next ν; `average(nu, seen)` is their average, scalars have ν's dtype.
       weighs: whether ν gathers weight as an average does. A maximum has all of it at once.
     """
 
     sees: Callable[[Array, Array], Array]
-    moves: Callable[[Array, Array, Array, Array, Array], Array]
+    moves: Callable[..., Array]
     weighs: bool = True
 
 
-def _averages(nu: Array, seen: Array, b2: Array, rate: Array, eps: Array) -> Array:
-    return lerp(nu, seen, rate)
-
-
 NU_RULES = {
-    "square": NuRule(lambda g, mu: square(g), _averages),
-    "belief": NuRule(lambda g, mu: square(g - mu), lambda nu, seen, b2, rate, eps: lerp(nu, seen, rate) + eps),
-    "yogi": NuRule(lambda g, mu: square(g), lambda nu, seen, b2, rate, eps: nu - rate * jnp.sign(nu - seen) * seen),
-    "infinity": NuRule(lambda g, mu: jnp.abs(g), lambda nu, seen, b2, rate, eps: jnp.maximum(b2 * nu, seen + eps), False),
+    "square": NuRule(lambda g, mu: square(g), lambda nu, seen, average, b2, rate, eps: average(nu, seen)),
+    "belief": NuRule(lambda g, mu: square(g - mu), lambda nu, seen, average, b2, rate, eps: average(nu, seen) + eps),
+    "yogi": NuRule(lambda g, mu: square(g), lambda nu, seen, average, b2, rate, eps: nu - rate * jnp.sign(nu - seen) * seen),
+    "infinity": NuRule(
+        lambda g, mu: jnp.abs(g), lambda nu, seen, average, b2, rate, eps: jnp.maximum(b2 * nu, seen + eps), weighs=False
+    ),
 }
-"""The rules by name: Adam's average of |g|²; AdaBelief's of |g − μ|², plus ε; Yogi's step of bounded size towards |g|²;
-AdaMax's maximum of β₂ν and |g| + ε."""
 
 
 class TrackMomentsState(NamedTuple):
@@ -178,7 +174,8 @@ def track_moments(
       b1: decay of the first moment, in [0, 1); `None` tracks none, and `mu` is the gradient.
       b2: decay of the second moment, in [0, 1); `None` tracks none.
       mu_rule: "mean", or "sum" for mu ← b1·mu + g, the heavy ball that other frameworks call momentum. It has weight 1.
-      nu_rule: what moves ν, see `NU_RULES`.
+      nu_rule: how ν moves. "square" averages |g|² (Adam), "belief" |g − mu|² and adds nu_eps (AdaBelief), "yogi" steps towards
+        |g|² by (1 − b2)·|g|² at most, "infinity" takes max(b2·nu, |g| + nu_eps), whose weight is 1 (AdaMax).
       nu_eps: what the rules "belief" and "infinity" add at every step, ≥ 0.
       nu_init: where ν starts, ≥ 0.
       nu_delay: hand on the ν of the step before, which has not seen this gradient. The first step only fills ν: its β₂ is
@@ -242,18 +239,21 @@ def track_moments(
             first = state.count == 0
             nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
 
+        mu_average = averaging(values.get("b1", 0.0), mu_decay, mu_rate)
+        nu_average = averaging(values.get("b2", 0.0), nu_decay, nu_rate)
+
         def moment(g: Array, mu: Array | None) -> Array:
             if mu is None:
                 return jnp.where(first, jnp.zeros_like(g), g) if nu_delay else g
             mu = rest.widen(mu, g.dtype)
-            return times(mu, mu_decay) + g if mu_rule == "sum" else lerp(mu, g, mu_rate)
+            return times(mu, mu_decay) + g if mu_rule == "sum" else mu_average(mu, g)
 
         def second_moment(g: Array, mu: Array, nu: Array) -> Array:
             seen = rule.sees(g, mu)
             shared = tuple(axis for axis, size in enumerate(nu.shape) if size != seen.shape[axis])
             if shared:
                 seen = mean(seen, shared)
-            return rule.moves(nu, seen, *(s.astype(nu.dtype) for s in (nu_decay, nu_rate, used.get("nu_eps", zero))))
+            return rule.moves(nu, seen, nu_average, *(s.astype(nu.dtype) for s in (nu_decay, nu_rate, used.get("nu_eps", zero))))
 
         def leaf(grad: Any, mu: Array | None, nu: Array | None) -> tuple[Array, Array | None]:
             g = widen(grad)

@@ -11,7 +11,19 @@ from adam_jax import storage
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
 from adam_jax._moments import Moments, expect_moments
 from adam_jax._transformation import Context, Init, Update, stage, stateless
-from adam_jax._tree import PyTree, at_rest, lerp, lift, like_params, real_dtype, scalar_dtype, square, times, wide_dtype, widen
+from adam_jax._tree import (
+    PyTree,
+    at_rest,
+    averaging,
+    lift,
+    like_params,
+    real_dtype,
+    scalar_dtype,
+    square,
+    times,
+    wide_dtype,
+    widen,
+)
 
 
 class KeepMaximumState(NamedTuple):
@@ -87,10 +99,10 @@ def mix_slow_mean(b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, 
         scalars = moments.mu_weight.dtype
         values = {name: h.at(state.step) for name, h in hypers.items()}
         used = {name: cast(value, scalars) for name, value in values.items()}
-        rate = complement(values["b3"], scalars)
+        average = averaging(values["b3"], used["b3"], complement(values["b3"], scalars))
 
         def leaf(grad: Any, mu: Array, mu_slow: Array) -> tuple[Array, Array]:
-            slow = lerp(rest.widen(mu_slow, mu.dtype), widen(grad), rate)
+            slow = average(rest.widen(mu_slow, mu.dtype), widen(grad))
             return mu + times(slow, used["alpha"]), rest.narrow(slow)
 
         mu, slow = lift(leaf, moments.grad, outputs=2, mu=moments.mu, mu_slow=state.mu_slow)

@@ -102,9 +102,32 @@ def mean(x: Array, axes: tuple[int, ...] | None = None) -> Array:
     return total / max(x.size // max(total.size, 1), 1)
 
 
-def lerp(average: Array, x: Array, rate: Array) -> Array:
-    """Average + rate·(x − average): the form of an average whose rounding errors do not grow with time."""
-    return lax.add(average, times(lax.sub(x, average), rate))
+def lerp(start: Array, end: Array, share: Array) -> Array:
+    """Start + share·(end − start): what is added is small where `share` is, and so is its rounding error."""
+    return lax.add(start, times(lax.sub(end, start), share))
+
+
+def averaging(decay: float | Array, keep: Array, rate: Array) -> Callable[[Array, Array], Array]:
+    """The step of an average, (average, x) -> decay·average + (1 − decay)·x, in the form whose rounding errors do not grow.
+
+    From the average towards x where little of x is taken. From x towards the average where little of the average is kept: with
+    a decay of 0 that is x itself, where the other form leaves the last bits of an average that may be far larger.
+
+    Args:
+      decay: the decay as it was given; for a traced one both forms are computed, and one is selected.
+      keep: the decay as a scalar array.
+      rate: 1 − decay, likewise.
+    """
+
+    def little_taken(average: Array, x: Array) -> Array:
+        return lerp(average, x, rate)
+
+    def little_kept(average: Array, x: Array) -> Array:
+        return lerp(x, average, keep)
+
+    if isinstance(decay, float):
+        return little_taken if decay >= 0.5 else little_kept
+    return lambda average, x: jnp.where(keep < 0.5, little_kept(average, x), little_taken(average, x))
 
 
 def like_params(make: Callable[[Any], Any], params: PyTree) -> PyTree:

@@ -206,3 +206,14 @@ def test_first_step_by_hand():
     np.testing.assert_allclose(first, [-0.5, 0.5], rtol=1e-6)
     second, state = tx.update(jnp.array([-3.0, 0.002]), state)
     np.testing.assert_allclose(second, [0.5 * 0.2 / 1.8, -0.5 * 0.2 / 1.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0.0, jnp.float32(0.0), lambda count: jnp.float32(0.0)], ids=["number", "array", "schedule"])
+def test_a_decay_of_zero_remembers_nothing(zero):
+    """Not even rounding errors: after gradients of 1e6 the moments of a gradient of 1e-3 are that gradient's, to the last bit."""
+    tx = aj.adam(0.1, zero, zero)
+    state = tx.init(jnp.zeros(1))
+    for g in (1e6, 1e-3):
+        _, state = tx.update(jnp.full(1, g), state)
+    np.testing.assert_array_equal(state[0].mu, np.float32([1e-3]))
+    np.testing.assert_array_equal(state[0].nu, np.float32([1e-3]) ** 2)
