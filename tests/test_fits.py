@@ -16,6 +16,7 @@ import optax.contrib
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax import export
 
 import adam_jax
 
@@ -62,8 +63,13 @@ WRAPPERS = {
 TWINS = (adam_jax.adamw(RATE, weight_decay=0.1), optax.adamw(RATE, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapper_does_with_us_what_it_does_with_optax(wrap, train, agree, x64, standard_promotion):
+@pytest.mark.parametrize("name", WRAPPERS)
+# Optax before 0.2.6 warns of itself, under a JAX of its time.
+@pytest.mark.filterwarnings("ignore:unzip2 was deprecated:DeprecationWarning")
+def test_a_wrapper_does_with_us_what_it_does_with_optax(name, train, agree, x64, standard_promotion):
+    if name in ("freeze", "selective_transform") and not hasattr(optax, name):
+        pytest.skip(f"this Optax has no {name} yet")
+    wrap = WRAPPERS[name]
     ours, theirs = (train(wrap(tx), start(), DATA, loss)[0] for tx in TWINS)
     agree(ours, theirs, rtol=1e-8)
     assert not np.allclose(ours["b"], start()["b"]) or not np.allclose(ours["w"], start()["w"])
@@ -328,6 +334,6 @@ def test_an_exported_step_is_the_jitted_step_and_lowers_for_every_platform(membe
     def step(*leaves):
         return jax.tree.leaves(tx.update(*jax.tree.unflatten(treedef, leaves)))
 
-    exported = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(*leaves)
+    exported = export.export(step, platforms=["cpu", "cuda", "tpu"])(*leaves)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     agree(exported.call(*leaves), jax.tree.leaves(tx.update(params, tx.init(params), params)), rtol=1e-5)
