@@ -105,7 +105,7 @@ def _check_output(path: Path) -> None:
 def _check_extras() -> None:
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'{", ".join(missing)} not installed; run: pip install "adam_jax[demo]"')
+        raise ValueError(f'{", ".join(missing)} not installed; run, in its folder: pip install -e ".[demo]"')
 
 
 def _describe_all() -> str:
@@ -165,4 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment, peak
@@ -131,6 +132,12 @@ def add_decayed_weights(
     return init, update
 
 
+def _flag(decays: Any) -> bool:
+    if not isinstance(decays, (bool, np.bool_)) and decays not in (0, 1):
+        raise TypeError(f"found {decays!r}")
+    return bool(decays)
+
+
 def _decays(mask: Mask | None, params: PyTree) -> PyTree:
     """A tree of booleans shaped like the parameters."""
     if mask is None:
@@ -139,9 +146,9 @@ def _decays(mask: Mask | None, params: PyTree) -> PyTree:
         return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
     tree = mask(params) if callable(mask) else mask
     try:
-        return jax.tree.map(lambda decays, part: jax.tree.map(lambda p: bool(decays), part), tree, params)
+        return jax.tree.map(lambda decays, part: jax.tree.map(lambda p: _flag(decays), part), tree, params)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"mask: found the tree {jax.tree.structure(tree)}; expected booleans in the structure of the parameters, "
+            f"mask: found the tree {tree!r}; expected True or False in the structure of the parameters, "
             f"{jax.tree.structure(params)}, or in a prefix of it."
         ) from error

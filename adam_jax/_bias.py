@@ -13,7 +13,7 @@ from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import PyTree, lift, scalar_dtype, times, widen
 
 
-@stage(takes="moments", gives="moments")
+@stage(takes="moments", gives="moments", bias="corrects")
 def correct_bias(*, mu: bool = True, nu: bool = True) -> tuple[Init, Update]:
     """Divides each moment by the weight it has gathered.
 
@@ -60,7 +60,7 @@ class LookAheadState(NamedTuple):
     hyperparams: dict[str, Array]
 
 
-@stage(takes="moments", gives="moments")
+@stage(takes="moments", gives="moments", bias="before")
 def look_ahead(b1: ScalarOrSchedule = 0.9) -> tuple[Init, Update]:
     """Replaces μ by the one that the next step would see, corrected for its bias: Nesterov's momentum as Nadam has it.
 
@@ -109,7 +109,7 @@ class RectifyState(NamedTuple):
     hyperparams: dict[str, Array]
 
 
-@stage(takes="moments", gives="moments")
+@stage(takes="moments", gives="moments", bias="before")
 def rectify(threshold: ScalarOrSchedule = 5.0) -> tuple[Init, Update]:
     """Shortens the step while ν has seen few gradients, and leaves ν out of it while it has seen too few.
 

@@ -8,7 +8,7 @@ import optax
 
 from adam_jax._hyperparams import hyperparameters
 from adam_jax._transformation import Context, Flow, Spec, Transformation, bind, show, transformation
-from adam_jax._tree import PyTree, narrow
+from adam_jax._tree import PyTree, all_wide, narrow
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
@@ -23,7 +23,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     Raises:
       TypeError: at once, if a part is no gradient transformation.
       ValueError: at once, if the parts are in an order that cannot work, naming both neighbours and their positions. In
-        `update`, if the state is not one that this chain's `init` made.
+        `update`, if the state has another number of parts.
     """
     if not stages:
         raise ValueError("chain: found no stages; expected at least one, for example chain(scale_by_learning_rate(0.1)).")
@@ -38,7 +38,9 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     flow = _check_order(parts)
 
     def init(params: PyTree) -> tuple[PyTree, ...]:
-        return tuple(part.init(params) for part in parts)
+        # Behind a stage of ours updates are wide, and so must be what others keep of them.
+        behind = [any(isinstance(part, Transformation) for part in parts[:i]) for i in range(len(parts))]
+        return tuple(part.init(all_wide(params) if wide else params) for part, wide in zip(parts, behind, strict=True))
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, tuple[Any, ...]]:
         if not isinstance(state, (tuple, list)) or len(state) != len(parts):
@@ -53,7 +55,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             gradient = updates if context.gradient is None else context.gradient
             inner = context._replace(gradient=gradient, applied=False, inside=True)
         new_state = []
-        for part, before in zip(parts, state, strict=True):
+        for i, (part, before) in enumerate(zip(parts, state, strict=True)):
             if isinstance(part, Transformation):
                 updates, after = part.update.spec.update(updates, before, params, inner)
                 if part.flow.rate == "applies":
@@ -61,7 +63,8 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
                     inner = inner._replace(applied=True, learning_rate=used)
             else:
                 updates, after = part.update(updates, before, params, **context.extra)
-                inner = inner._replace(applied=inner.applied or None)
+                # A transformation of others may apply a rate unseen, but not where one of ours is still to come.
+                inner = inner._replace(applied=inner.applied or (False if any(map(_applies, parts[i + 1 :])) else None))
             new_state.append(after)
         if not context.inside and flow.gives == "updates":
             updates = narrow(updates, incoming, params)
@@ -76,6 +79,7 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
     first: Any = None
     flows: Any = None
     applied: bool | None = False
+    corrected = False
     side: Any = None
     for position, part in enumerate(parts):
         flow = part.flow if isinstance(part, Transformation) else Flow()
@@ -103,6 +107,12 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
                 f"chain: {here} is right only after the learning rate was applied, but scale_by_learning_rate(...) comes "
                 f"later. Move it behind."
             )
+        if flow.bias == "before" and corrected:
+            raise ValueError(
+                f"chain: {here} needs the weight that its moments have gathered, and comes after correct_bias(), which has "
+                f"divided by it. Put it between track_moments(...) and correct_bias()."
+            )
+        corrected = (corrected or flow.bias == "corrects") and flow.gives != "updates"
         if first is None and flow.takes != "any":
             first = flow.takes
         flows = flows if flow.gives == "same" and flows else (flow.gives if flow.gives != "same" else first)
@@ -112,7 +122,7 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
             applied = applied or None
         side = side or flow.rate
     rate: Any = "applies" if any(_applies(part) for part in parts) else side
-    return Flow(first or "any", flows or "same", rate)
+    return Flow(first or "any", flows or "same", rate, "corrects" if corrected else None)
 
 
 def _applies(part: Any) -> bool:

@@ -48,11 +48,15 @@ class Hyperparameter:
                 f"{name}: found an array of shape {jnp.shape(value)}; expected a scalar. For one value a leaf, give each "
                 f"group of leaves its own transformation (optax.partition)."
             )
+        dtype = jnp.result_type(value) if isinstance(value, (Array, np.ndarray)) else np.result_type(type(value))
+        if dtype.kind in "bc":
+            raise TypeError(f"{name}: found the {dtype} {value!r}; expected a real number.")
         if isinstance(value, jax.core.Tracer):
             return
-        if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-            raise TypeError(f"{name}: found the complex number {value!r}; expected a real one.")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
         low, high = (float(bound) for bound in self.within[1:-1].split(","))
         above = number >= low if self.within[0] == "[" else number > low
         below = number <= high if self.within[-1] == "]" else number < high
@@ -64,10 +68,8 @@ class Hyperparameter:
         if not callable(self.value):
             return self.value if isinstance(self.value, Array) else float(self.value)
         value = self.value(count)
-        concrete = isinstance(value, (int, float, np.number, np.ndarray))
-        if concrete or not isinstance(value, Array) or jnp.shape(value) != ():
-            self._check(value, f"the schedule {self.name}")
-        return float(value) if concrete else value
+        self._check(value, f"the schedule {self.name}")
+        return value if isinstance(value, Array) else float(value)
 
 
 def cast(value: Scalar, dtype: Any) -> Array:
@@ -133,7 +135,9 @@ def peak(value: ScalarOrSchedule) -> Scalar:
     if not callable(value):
         return value
     counts = np.concatenate([np.arange(2**20), 2 ** np.arange(20, 31)]).astype(np.int32)
-    highest = jnp.max(jax.vmap(lambda count: jnp.asarray(value(count)))(counts))
+    # Now, even where the transformation is made inside a jitted function: XLA would fold a million constants.
+    with jax.ensure_compile_time_eval():
+        highest = jnp.max(jax.vmap(lambda count: jnp.asarray(value(count)))(jnp.asarray(counts)))
     if not isinstance(highest, jax.core.Tracer) and not (math.isfinite(highest) and highest > 0):
         raise ValueError(
             f"decay='independent' follows the learning rate relative to its peak, and the peak of this schedule is "

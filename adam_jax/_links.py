@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
-from adam_jax._moments import Moments, grow
+from adam_jax._moments import Moments, expect_moments, grow
 from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import (
     PyTree,
@@ -62,7 +62,8 @@ def cautious(*, after_learning_rate: bool | None = None) -> tuple[Init, Update]:
 
         def leaf(update: Any, grad: Any) -> Array:
             update, g = as_wide(update), as_wide(grad)
-            along = update.real * g.real + update.imag * g.imag if jnp.iscomplexobj(g) else update * g
+            # Of the signs, where there are any: the product of two small numbers is 0.
+            along = update.real * g.real + update.imag * g.imag if jnp.iscomplexobj(g) else jnp.sign(update) * jnp.sign(g)
             agrees = (along < 0 if after else along > 0).astype(along.dtype)
             return times(update, agrees / jnp.maximum(mean(agrees), 1e-3))
 
@@ -115,7 +116,13 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
         def plain(update: Any) -> Array:
             return shortened(as_wide(update), jnp.sqrt(mean(square(as_wide(update)))))
 
+        if not isinstance(updates, Moments) and context.inside and context.applied is None:
+            raise ValueError(
+                "clip_update_rms() does not know the learning rate that a transformation of others before it may have applied, "
+                "and its threshold is in units of that. Put it before the learning rate."
+            )
         if isinstance(updates, Moments):
+            expect_moments(updates, "clip_update_rms()", needs_nu=True)
             updates = updates._replace(mu=lift(moment, updates.grad, free=("nu",), mu=updates.mu, nu=updates.nu))
         else:
             updates = lift(plain, updates)

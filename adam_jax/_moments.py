@@ -78,13 +78,15 @@ def grow(weight: Array, rate: Array) -> Array:
     return jnp.stack([grown, (high - grown) + step])
 
 
-def expect_moments(updates: Any, who: str) -> Moments:
-    """`updates`, if they are Moments."""
+def expect_moments(updates: Any, who: str, needs_nu: bool = False) -> Moments:
+    """`updates`, if they are Moments, with a ν where one is needed."""
     if not isinstance(updates, Moments):
         raise TypeError(
             f"{who} takes Moments, but was given {type(updates).__name__}. Chain it behind track_moments(...), with no stage "
             f"between that consumes them."
         )
+    if needs_nu and updates.nu is None:
+        raise ValueError(f"{who} needs ν, and track_moments(..., b2=None) tracks none. Give b2 a decay, or use take_mu().")
     return updates
 
 
@@ -182,8 +184,8 @@ def track_moments(
         0 and the gradient that it hands on is zero.
       blocks: which axes of a leaf share one ν: "leaf" for all, "output" for all but the last (the outputs of a Flax kernel),
         or a function (path as `jax.tree_util.keystr` writes it, shape) -> axes. `None` shares none.
-      mu_dtype: the floating dtype in which `mu` rests between steps, rounded to nearest and saturating. `None`: float32 or
-        wider.
+      mu_dtype: the floating dtype in which `mu` rests between steps, rounded to nearest and saturating; complex leaves stay
+        as they are. `None`: float32 or wider.
 
     Raises:
       ValueError: for a number outside its range, an unknown rule, or, in `update`, a gradient tree that does not fit.
@@ -194,13 +196,7 @@ def track_moments(
     hypers = {name: Hyperparameter(name, b, "[0, 1)") for name, b in [("b1", b1), ("b2", b2)] if b is not None}
     if nu_rule in ("belief", "infinity"):
         hypers["nu_eps"] = Hyperparameter("nu_eps", nu_eps, "[0, inf)")
-    Hyperparameter("nu_init", nu_init, "[0, inf)")
-    expect_one_of("mu_rule", mu_rule, ("mean", "sum"))
-    expect_one_of("nu_rule", nu_rule, tuple(NU_RULES))
-    if not callable(blocks):
-        expect_one_of("blocks", blocks, (None, "leaf", "output"))
-    if b1 is None and b2 is None:
-        raise ValueError("track_moments: found None for both b1 and b2; expected at least one decay: there is nothing to track.")
+    _check_options(b1, b2, mu_rule, nu_rule, nu_init, blocks)
     rule = NU_RULES[nu_rule]
     rest = storage.resting(mu_dtype, "mu_dtype")
 
@@ -279,6 +275,19 @@ def track_moments(
         return moments, state_of(count, like_params(rest.narrow, mu), nu, weights, used)
 
     return init, update
+
+
+def _check_options(b1: Any, b2: Any, mu_rule: Any, nu_rule: Any, nu_init: Any, blocks: Any) -> None:
+    """Refuses what `track_moments` cannot do."""
+    Hyperparameter("nu_init", nu_init, "[0, inf)")
+    expect_one_of("mu_rule", mu_rule, ("mean", "sum"))
+    expect_one_of("nu_rule", nu_rule, tuple(NU_RULES))
+    if not callable(blocks):
+        expect_one_of("blocks", blocks, (None, "leaf", "output"))
+    if b1 is None and b2 is None:
+        raise ValueError("track_moments: found None for both b1 and b2; expected at least one decay: there is nothing to track.")
+    if b1 is None and nu_rule == "belief":
+        raise ValueError("track_moments: found nu_rule='belief' with b1=None; expected a decay b1: belief is |g − mu|.")
 
 
 def _shared_shape(blocks: Blocks | None, path: Any, leaf: Any) -> tuple[int, ...]:

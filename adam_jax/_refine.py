@@ -48,12 +48,12 @@ def keep_maximum() -> tuple[Init, Update]:
         return KeepMaximumState(like_params(lambda p: jnp.zeros(jnp.shape(p), real_dtype(p)), params))
 
     def update(updates: Any, state: KeepMaximumState, params: Any, context: Context) -> tuple[Moments, KeepMaximumState]:
-        moments = expect_moments(updates, "keep_maximum()")
+        moments = expect_moments(updates, "keep_maximum()", needs_nu=True)
 
         def leaf(grad: Any, nu: Array, nu_max: Array) -> Array:
             return jnp.maximum(nu, nu_max)
 
-        nu_max = lift(leaf, moments.grad, nu=moments.nu, nu_max=state.nu_max)
+        nu_max = lift(leaf, moments.grad, free=("nu",), nu=moments.nu, nu_max=state.nu_max)
         return moments._replace(nu=nu_max), KeepMaximumState(at_rest(nu_max))
 
     return init, update
@@ -123,12 +123,12 @@ def center() -> tuple[Init, Update]:
     """
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
-        moments = expect_moments(updates, "center()")
+        moments = expect_moments(updates, "center()", needs_nu=True)
 
         def leaf(grad: Any, mu: Array, nu: Array) -> tuple[Array, Array]:
             return widen(grad), jnp.maximum(nu - square(mu), 0)
 
-        mu, nu = lift(leaf, moments.grad, outputs=2, mu=moments.mu, nu=moments.nu)
+        mu, nu = lift(leaf, moments.grad, outputs=2, free=("nu",), mu=moments.mu, nu=moments.nu)
         return moments._replace(mu=mu, nu=nu, mu_weight=jnp.ones_like(moments.mu_weight)), state
 
     return stateless, update

@@ -50,7 +50,7 @@ def scale_by_moments(
         return ScaleByMomentsState(first_values(hypers, scalar_dtype(params)))
 
     def update(updates: Any, state: ScaleByMomentsState, params: Any, context: Context) -> tuple[PyTree, ScaleByMomentsState]:
-        moments = expect_moments(updates, "scale_by_moments()")
+        moments = expect_moments(updates, "scale_by_moments()", needs_nu=True)
         used = {name: cast(h.at(moments.count - 1), moments.mu_weight.dtype) for name, h in hypers.items()}
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
@@ -86,7 +86,7 @@ def scale_by_atan2(*, a: float = 1.0, b: float = 1.0) -> tuple[Init, Update]:
     Hyperparameter("b", b, "(0, inf)")
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, Any]:
-        moments = expect_moments(updates, "scale_by_atan2()")
+        moments = expect_moments(updates, "scale_by_atan2()", needs_nu=True)
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
             below = b * jnp.sqrt(nu)
@@ -95,7 +95,7 @@ def scale_by_atan2(*, a: float = 1.0, b: float = 1.0) -> tuple[Init, Update]:
             size = jnp.abs(mu)
             return times(over(mu, jnp.where(size == 0, 1, size)), a * jnp.arctan2(size, below))
 
-        return lift(leaf, moments.grad, mu=moments.mu, nu=moments.nu), state
+        return lift(leaf, moments.grad, free=("nu",), mu=moments.mu, nu=moments.nu), state
 
     return stateless, update
 

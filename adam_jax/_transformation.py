@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 
+from adam_jax._hyperparams import expect_one_of
 from adam_jax._tree import PyTree
 
 P = ParamSpec("P")
@@ -49,11 +50,13 @@ class Flow(NamedTuple):
       gives: "moments", "updates", or "same" as it took.
       rate: "applies" for the stage that multiplies by the learning rate, and turns ascent into descent; "before" or "after"
         for one that is right on that side of it only.
+      bias: "corrects" for the stage that divides moments by their weights, "before" for one that still needs the weights.
     """
 
     takes: Literal["moments", "updates", "any"] = "updates"
     gives: Literal["moments", "updates", "same"] = "updates"
     rate: Literal["applies", "before", "after"] | None = None
+    bias: Literal["corrects", "before"] | None = None
 
 
 Init: TypeAlias = Callable[[PyTree], PyTree]
@@ -116,8 +119,9 @@ def _freeze(value: Any) -> Hashable:
 
 
 def show(value: Any) -> str:
-    if isinstance(value, tuple) and not isinstance(value, Transformation) and hasattr(value, "init"):
-        return f"<{type(value).__name__} of {value.init.__module__}>"
+    if isinstance(value, optax.GradientTransformation) and not isinstance(value, Transformation):
+        name = getattr(value.update, "__qualname__", type(value).__name__).split(".")[0]
+        return f"<{name} of {value.init.__module__.split('.')[0]}>"
     return getattr(value, "__qualname__", None) or repr(value)
 
 
@@ -188,6 +192,7 @@ def stage(
     takes: Literal["moments", "updates", "any"] = "updates",
     gives: Literal["moments", "updates", "same"] = "same",
     rate: Callable[..., Any] | str | None = None,
+    bias: Literal["corrects", "before"] | None = None,
 ) -> Callable[[Callable[P, tuple[Init, Update]]], Callable[P, Transformation]]:
     """Makes a function of hyperparameters that returns `init(params)` and `update(updates, state, params, context)` a stage.
 
@@ -195,14 +200,31 @@ def stage(
       takes: see `Flow`.
       gives: see `Flow`.
       rate: see `Flow`; or a function of the stage's arguments that says it, where it depends on them.
+      bias: see `Flow`.
+
+    Example:
+        @stage(takes="updates", gives="updates", rate="before")
+        def scale_by_sign(strength=1.0):
+            def init(params):
+                return optax.EmptyState()
+
+            def update(updates, state, params, context):
+                return jax.tree.map(lambda u: strength * jnp.sign(u), updates), state
+
+            return init, update
+
+    Raises:
+      ValueError: for an unknown `takes` or `gives`.
     """
+    expect_one_of("stage: takes", takes, ("moments", "updates", "any"))
+    expect_one_of("stage: gives", gives, ("moments", "updates", "same"))
 
     def decorate(make: Callable[P, tuple[Init, Update]]) -> Callable[P, Transformation]:
         @functools.wraps(make)
         def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
             arguments = bind(make, args, kwargs)
             side: Any = rate(**arguments.arguments) if callable(rate) else rate
-            spec = Spec(build, arguments, *make(*args, **kwargs), Flow(takes, gives, side))
+            spec = Spec(build, arguments, *make(*args, **kwargs), Flow(takes, gives, side, bias))
             return transformation(spec)
 
         return build

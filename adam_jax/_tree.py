@@ -24,7 +24,9 @@ def finfo(dtype: Any) -> Any:
 
 
 def dtype_of(leaf: Any) -> Any:
-    """The dtype of an array, or the one that JAX gives to a Python number."""
+    """The dtype of an array, or the one that JAX gives to a Python number or a NumPy array."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype != dtypes.float0:
+        return jnp.result_type(leaf)
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
@@ -211,12 +213,12 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
     wanted = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(other)[0]}
     for path, shape in found.items():
         if path in wanted and wanted[path] != shape and not (free and len(shape) == len(wanted[path])):
-            return f"at leaf '{path}' the gradient has shape {shape}, but {name} has shape {wanted[path]}. {remedy}"
+            return f"at leaf {path} the gradient has shape {shape}, but {name} has shape {wanted[path]}. {remedy}"
     for path, leaf in located:
         name_of = jax.tree_util.keystr(path)
         if not takes_part(leaf) and name_of in wanted:
             return (
-                f"at leaf '{name_of}' the gradient has dtype {dtype_of(leaf)}, but {name} is floating there; expected a floating "
+                f"at leaf {name_of} the gradient has dtype {dtype_of(leaf)}, but {name} is floating there; expected a floating "
                 f"gradient. {remedy}"
             )
     extra, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
@@ -228,8 +230,13 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
 
 
 def _some(paths: list[str]) -> str:
-    shown = ", ".join(f"'{path}'" for path in paths[:3])
+    shown = ", ".join(paths[:3])
     return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def all_wide(tree: PyTree) -> PyTree:
+    """A tree whose leaves have the dtypes they are computed in; those that take no part stay."""
+    return jax.tree.map(lambda leaf: as_wide(leaf) if takes_part(leaf) else leaf, tree)
 
 
 def expect_params(params: PyTree | None, who: str) -> PyTree:
@@ -242,14 +249,14 @@ def expect_params(params: PyTree | None, who: str) -> PyTree:
 def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None) -> PyTree:
     """Rounds f32 updates, once, to the dtypes of `gradient`.
 
-    Where a leaf is an integer and its parameter is known, its update becomes a zero of the parameter's dtype: `float0`
-    cannot be added, and `optax.apply_updates` would stop at it.
+    The update of an integer leaf is zero: in its parameter's dtype, since `float0` cannot be added and `optax.apply_updates`
+    would stop at it. Without `params` a `float0` stays what it is.
     """
-    narrowed = lift(lambda u, g, p: u.astype(dtype_of(g)), updates, gradient=gradient, params=params)
-    if params is None:
-        return narrowed
+    narrowed = lift(lambda u, g, p: u.astype(dtype_of(g)), updates, incoming=gradient, params=params)
 
-    def still(u: Any, p: Any) -> Any:
-        return jnp.zeros(jnp.shape(u), dtype_of(p)) if dtype_of(u) == dtypes.float0 else u
+    def still(u: Any, p: Any = None) -> Any:
+        if takes_part(u) or (p is None and dtype_of(u) == dtypes.float0):
+            return u
+        return jnp.zeros(jnp.shape(u), dtype_of(u if p is None else p))
 
-    return jax.tree.map(still, narrowed, params)
+    return jax.tree.map(still, narrowed, *([] if params is None else [params]))

@@ -21,7 +21,7 @@ class Resting(NamedTuple):
 
     def narrow(self, wide: Array) -> Array:
         """The resting form: rounded to nearest, saturating at the largest finite number."""
-        if self.dtype is None:
+        if self.dtype is None or jnp.iscomplexobj(wide):
             return wide
         largest = float(finfo(self.dtype).max)
         return jnp.clip(wide, -largest, largest).astype(self.dtype)

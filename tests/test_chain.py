@@ -145,6 +145,8 @@ IMPOSSIBLE = [
     ((aj.adam(0.1), optax.scale(2.0), aj.chain(aj.scale_by_trust_ratio())), ["position 2", "only before it"]),
     ((aj.average_parameters(0.9), rate), ["average_parameters(decay=0.9) at position 0", "comes later"]),
     ((aj.add_decayed_weights(0.1, learning_rate=0.1), aj.adam(0.1)), ["position 0", "comes later"]),
+    ((track, correct, aj.look_ahead(), scale), ["look_ahead(b1=0.9) at position 2", "after correct_bias()"]),
+    ((aj.chain(track, correct), aj.rectify(), scale), ["rectify(threshold=5.0) at position 1", "after correct_bias()"]),
     ((), ["at least one"]),
 ]
 
@@ -177,6 +179,20 @@ def test_possible_orders(stages, standard_promotion):
     params = jnp.ones((2, 2))
     updates, _ = tx.update(params, tx.init(params), params)
     assert (np.asarray(updates) < 0).all()
+
+
+def test_what_others_keep_behind_ours_is_wide(standard_promotion):
+    """A stateful stage of Optax behind ours gets float32 updates, and keeps its avals from step to step."""
+    params = jnp.ones(3, jnp.bfloat16)
+    tx = aj.chain(aj.adam(0.1), optax.trace(0.9))
+    state = tx.init(params)
+    run = jax.jit(lambda: jax.lax.scan(lambda s, g: (tx.update(g, s, params)[1], None), state, jnp.ones((4, 3), jnp.bfloat16)))
+    assert run()[0][1].trace.dtype == jnp.float32
+
+
+def test_a_stage_with_a_typing_error():
+    with pytest.raises(ValueError, match="stage: takes: found 'moment'; expected one of 'moments'"):
+        aj.stage(takes="moment")
 
 
 def test_a_state_of_another_chain_is_refused():

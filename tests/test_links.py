@@ -88,6 +88,21 @@ def test_clip_update_rms_fits_every_member(member):
         assert np.sqrt(np.mean(np.square(updates))) <= 0.05 * (1 + 1e-6)
 
 
+def test_clip_update_rms_needs_to_know_the_rate():
+    g = jnp.ones(2)
+    behind = aj.chain(optax.scale(-0.1), aj.clip_update_rms(0.5))
+    with pytest.raises(ValueError, match="does not know the learning rate.*before the learning rate"):
+        behind.update(g, behind.init(g))
+    between = aj.chain(optax.scale(3.0), aj.clip_update_rms(0.5), aj.scale_by_learning_rate(0.1))
+    np.testing.assert_allclose(between.update(g, between.init(g))[0], -0.05 * g, rtol=1e-6)
+
+
+def test_cautious_compares_signs_that_no_product_shows():
+    tx = aj.chain(aj.momentum(1.0), aj.cautious())
+    g = jnp.full(2, 1e-30)
+    np.testing.assert_allclose(tx.update(g, tx.init(g))[0], -g)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_clip_update_rms_of_nothing_is_nothing(rate):
     tx = aj.chain(aj.adam(rate), aj.clip_update_rms())

@@ -240,6 +240,40 @@ def test_a_cautious_link_that_knows_no_gradient():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [lambda c: jnp.float32(1.5), lambda c: jnp.array(True), lambda c: jnp.complex64(0.5), lambda c: None, lambda c: "1"],
+)
+def test_a_schedule_that_returns_no_decay(schedule):
+    """Seen where it is concrete, and its dtype even where it is traced."""
+    with refused((ValueError, TypeError), "the schedule b1: found"):
+        adam_jax.adam(0.1, schedule).init(PARAMS)
+
+
+@pytest.mark.parametrize("mask", [{"head": "decay"}, {"head": {"b": "no", "w": True}}, {"head": 0.5}])
+def test_a_mask_of_no_booleans(mask):
+    tx = adam_jax.adamw(0.1, mask=mask)
+    with refused(ValueError, "mask: found the tree", "True or False"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("build", [scale_by_moments, adam_jax.scale_by_atan2, adam_jax.keep_maximum, adam_jax.clip_update_rms])
+def test_a_second_moment_that_is_not_tracked(build):
+    tx = chain(track_moments(0.9, None), build())
+    with refused(ValueError, build.__name__, "needs ν", "b2"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_belief_in_no_mean():
+    with refused(ValueError, "nu_rule='belief'", "b1=None"):
+        track_moments(None, 0.9, nu_rule="belief")
+
+
+def test_a_rate_that_no_float_can_hold():
+    with refused(ValueError, "learning_rate: found inf"):
+        adam_jax.adam(10**400)
+
+
 def test_tracking_nothing():
     with refused(ValueError, "b1 and b2", "at least one"):
         track_moments(None, None)

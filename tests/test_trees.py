@@ -229,3 +229,36 @@ def test_a_thousand_leaves_are_one_array_in_pieces():
         updates, whole_state = tx.update(i * grads, whole_state, whole)
         whole = whole + np.asarray(updates)
     np.testing.assert_allclose(np.stack(list(many.values())), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_an_integer_gradient_moves_no_integer():
+    params = {"w": jnp.ones(2), "i": jnp.arange(2)}
+    tx = adam_jax.adam(0.1)
+    for given in (params, None):
+        updates, _ = tx.update({"w": jnp.ones(2), "i": jnp.array([5, 7])}, tx.init(params), given)
+        np.testing.assert_array_equal(optax.apply_updates(params, updates)["i"], [0, 1])
+
+
+def test_a_complex_leaf_stays_wide_where_mu_is_narrow():
+    params = {"c": jnp.ones(3, jnp.complex64), "w": jnp.ones(3)}
+    mu = adam_jax.adam(0.1, mu_dtype=jnp.bfloat16).init(params)[0].mu
+    assert (mu["c"].dtype, mu["w"].dtype) == (jnp.complex64, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("build", [adam_jax.scale_by_atan2, adam_jax.keep_maximum, adam_jax.center])
+def test_a_shared_nu_fits_every_stage(build):
+    middle = (build(),) if build is adam_jax.scale_by_atan2 else (build(), adam_jax.scale_by_moments())
+    tx = adam_jax.chain(adam_jax.track_moments(blocks="output"), *middle, adam_jax.scale_by_learning_rate(0.1))
+    params = jnp.ones((3, 2))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+    assert updates.shape == (3, 2)
+    assert np.isfinite(updates).all()
+
+
+def test_numpy_float64_without_x64_is_float32():
+    params = np.ones(3)
+    tx = adam_jax.adam(0.1)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert (updates.dtype, state[0].mu.dtype) == (jnp.float32, jnp.float32)
