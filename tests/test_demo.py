@@ -291,7 +291,7 @@ def test_a_damaged_file(refusal, write):
 
 def test_without_the_extras(refusal, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flax", None)
-    assert 'flax not installed; run: pip install "adam_jax[demo]"' in refusal()
+    assert 'flax not installed; run, in its folder: pip install -e ".[demo]"' in refusal()
     assert main(["--list"]) == 0
     assert capsys.readouterr().out
 
