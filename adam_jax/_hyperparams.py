@@ -138,7 +138,7 @@ def peak(value: ScalarOrSchedule) -> Scalar:
     # Now, even where the transformation is made inside a jitted function: XLA would fold a million constants.
     with jax.ensure_compile_time_eval():
         highest = jnp.max(jax.vmap(lambda count: jnp.asarray(value(count)))(jnp.asarray(counts)))
-    if not isinstance(highest, jax.core.Tracer) and not (math.isfinite(highest) and highest > 0):
+    if not isinstance(highest, jax.core.Tracer) and not 0 < float(highest) < math.inf:
         raise ValueError(
             f"decay='independent' follows the learning rate relative to its peak, and the peak of this schedule is "
             f"{float(highest)}; expected a positive number."
