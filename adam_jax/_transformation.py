@@ -196,13 +196,6 @@ def stage(
 ) -> Callable[[Callable[P, tuple[Init, Update]]], Callable[P, Transformation]]:
     """Makes a function of hyperparameters that returns `init(params)` and `update(updates, state, params, context)` a stage.
 
-    Args:
-      takes: see `Flow`.
-      gives: see `Flow`.
-      rate: see `Flow`; or a function of the stage's arguments that says it, where it depends on them.
-      bias: see `Flow`.
-
-    Example:
         @stage(takes="updates", gives="updates", rate="before")
         def scale_by_sign(strength=1.0):
             def init(params):
@@ -212,6 +205,12 @@ def stage(
                 return jax.tree.map(lambda u: strength * jnp.sign(u), updates), state
 
             return init, update
+
+    Args:
+      takes: see `Flow`.
+      gives: see `Flow`.
+      rate: see `Flow`; or a function of the stage's arguments that says it, where it depends on them.
+      bias: see `Flow`.
 
     Raises:
       ValueError: for an unknown `takes` or `gives`.
