@@ -216,8 +216,8 @@ def track_moments(
 
         return state_of(
             jnp.zeros((), jnp.int32),
-            like_params(zero_mu, params),
-            jax.tree_util.tree_map_with_path(first_nu, params),
+            None if b1 is None else like_params(zero_mu, params),
+            None if b2 is None else jax.tree_util.tree_map_with_path(first_nu, params),
             jnp.zeros((2, 2), scalars),
             first_values(hypers, scalars),
         )
