@@ -5,6 +5,7 @@
 The names below stand in the order in which data meets them.
 """
 
+from adam_jax import storage
 from adam_jax._moments import Moments, track_moments
 from adam_jax._refine import center, keep_maximum, mix_slow_mean
 from adam_jax._bias import correct_bias, look_ahead, rectify
@@ -12,6 +13,7 @@ from adam_jax._scale import clip_elements, scale_by_atan2, scale_by_moments, sca
 from adam_jax._apply import add_decayed_weights, scale_by_learning_rate
 from optax import apply_updates
 from adam_jax._links import average_parameters, averaged_parameters, cautious, clip_update_rms
+from adam_jax.rounding import compensate, round_stochastically
 from adam_jax._chain import chain
 from adam_jax._hyperparams import hyperparameters
 from adam_jax._transformation import Context, Flow, Transformation, recipe, stage
@@ -38,6 +40,7 @@ from adam_jax.family import (
 
 __all__ = [
     "family",
+    "storage",
     "Moments",
     "track_moments",
     "center",
@@ -58,6 +61,8 @@ __all__ = [
     "averaged_parameters",
     "cautious",
     "clip_update_rms",
+    "compensate",
+    "round_stochastically",
     "chain",
     "hyperparameters",
     "Context",

@@ -38,9 +38,12 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     flow = _check_order(parts)
 
     def init(params: PyTree) -> tuple[PyTree, ...]:
-        # Behind a stage of ours updates are wide, and so must be what others keep of them.
-        behind = [any(isinstance(part, Transformation) for part in parts[:i]) for i in range(len(parts))]
-        return tuple(part.init(all_wide(params) if wide else params) for part, wide in zip(parts, behind, strict=True))
+        def fit(i: int) -> PyTree:
+            # Behind a stage of ours updates are wide, and so must be what others keep of them.
+            behind = any(isinstance(part, Transformation) for part in parts[:i])
+            return all_wide(params) if behind and not _rounds(parts[i]) else params
+
+        return tuple(part.init(fit(i)) for i, part in enumerate(parts))
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, tuple[Any, ...]]:
         if not isinstance(state, (tuple, list)) or len(state) != len(parts):
@@ -61,13 +64,15 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
                 if part.flow.rate == "applies":
                     *_, used = (value for name, value in hyperparameters(after).items() if name.endswith("learning_rate"))
                     inner = inner._replace(applied=True, learning_rate=used)
+                if _rounds(part):
+                    inner = inner._replace(rounded=True)
             else:
                 updates, after = part.update(updates, before, params, **context.extra)
                 # A transformation of others may apply a rate unseen, but not where one of ours is still to come.
                 inner = inner._replace(applied=inner.applied or (False if any(map(_applies, parts[i + 1 :])) else None))
             new_state.append(after)
         if not context.inside and flow.gives == "updates":
-            updates = narrow(updates, incoming, params)
+            updates = narrow(updates, incoming, params, flow.end == "rounds")
         return updates, tuple(new_state)
 
     spec = Spec(chain, bind(chain, stages, {}), init, update, flow, tuple(stages))
@@ -81,6 +86,7 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
     applied: bool | None = False
     corrected = False
     side: Any = None
+    rounds: str | None = None
     for position, part in enumerate(parts):
         flow = part.flow if isinstance(part, Transformation) else Flow()
         here = f"{show(part)} at position {position}"
@@ -112,6 +118,15 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
                 f"chain: {here} needs the weight that its moments have gathered, and comes after correct_bias(), which has "
                 f"divided by it. Put it between track_moments(...) and correct_bias()."
             )
+        if rounds and flow.end != "reads":
+            raise ValueError(
+                f"chain: {here} comes after {rounds}, whose updates must reach the parameters as they are. Put it before."
+            )
+        if flow.end == "reads" and any(map(_rounds, parts[position + 1 :])):
+            raise ValueError(
+                f"chain: {here} reads the updates that reach the parameters, and they are rounded later. Move it last."
+            )
+        rounds = here if flow.end == "rounds" else rounds
         corrected = (corrected or flow.bias == "corrects") and flow.gives != "updates"
         if first is None and flow.takes != "any":
             first = flow.takes
@@ -122,7 +137,13 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
             applied = applied or None
         side = side or flow.rate
     rate: Any = "applies" if any(_applies(part) for part in parts) else side
-    return Flow(first or "any", flows or "same", rate, "corrects" if corrected else None)
+    reads = all(isinstance(part, Transformation) and part.flow.end == "reads" for part in parts)
+    end: Any = "rounds" if rounds else "reads" if reads else None
+    return Flow(first or "any", flows or "same", rate, "corrects" if corrected else None, end)
+
+
+def _rounds(part: Any) -> bool:
+    return isinstance(part, Transformation) and part.flow.end == "rounds"
 
 
 def _applies(part: Any) -> bool:

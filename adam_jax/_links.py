@@ -147,7 +147,7 @@ class AverageParametersState(NamedTuple):
     hyperparams: dict[str, Array]
 
 
-@stage(takes="updates", gives="updates", rate="after")
+@stage(takes="updates", gives="updates", rate="after", end="reads")
 def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
     """Averages the parameters, and leaves the updates as they are. Comes last.
 
@@ -187,7 +187,8 @@ def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
 
         def leaf(update: Any, param: Any, average: Array) -> tuple[Any, Array]:
             dtype = jnp.result_type(param)  # what the caller will hold: update and sum are both rounded to it
-            moved = (as_wide(param) + as_wide(update.astype(dtype))).astype(dtype)
+            step = update if context.rounded else as_wide(update.astype(dtype))
+            moved = (as_wide(param) + step).astype(dtype)
             return update, lerp(average, as_wide(moved), share)
 
         _, average = lift(leaf, updates, outputs=2, params=params, average=state.average)

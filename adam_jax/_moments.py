@@ -7,6 +7,7 @@ count and no formula, and stay right when the decay changes from step to step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -14,14 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax import storage
+from adam_jax import storage as forms
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, expect_one_of, first_values, increment
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import (
     PyTree,
     averaging,
     lift,
-    like_params,
     mean,
     real_dtype,
     scalar_dtype,
@@ -32,6 +32,7 @@ from adam_jax._tree import (
     widen,
 )
 
+Storage = forms.Storage
 Blocks: TypeAlias = Literal["leaf", "output"] | Callable[[str, tuple[int, ...]], tuple[int, ...]]
 
 
@@ -123,6 +124,8 @@ class TrackMomentsState(NamedTuple):
       nu: second moments at rest.
       weights: the weights of `mu` and of `nu`, each as the sum of two floats: shape (2 floats, 2 moments).
       hyperparams: the values that the last step used.
+      scales: for a moment that rests as codes, by name, the exponents of the units of each such leaf: int16, (leaves, 2), of the
+        codes and for those of the next step.
     """
 
     count: Array  # type: ignore[assignment]  # tuple.count is never called
@@ -130,6 +133,7 @@ class TrackMomentsState(NamedTuple):
     nu: PyTree
     weights: Array
     hyperparams: dict[str, Array]
+    scales: dict[str, Array]
 
 
 class TrackMeanState(NamedTuple):
@@ -139,6 +143,7 @@ class TrackMeanState(NamedTuple):
     mu: PyTree
     weights: Array
     hyperparams: dict[str, Array]
+    scales: dict[str, Array]
 
 
 class TrackSquareState(NamedTuple):
@@ -148,6 +153,7 @@ class TrackSquareState(NamedTuple):
     nu: PyTree
     weights: Array
     hyperparams: dict[str, Array]
+    scales: dict[str, Array]
 
 
 @stage(takes="updates", gives="moments")
@@ -162,6 +168,8 @@ def track_moments(
     nu_delay: bool = False,
     blocks: Blocks | None = None,
     mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    storage: Storage = "float32",
 ) -> tuple[Init, Update]:
     """Averages the gradients and their squares.
 
@@ -184,8 +192,11 @@ def track_moments(
         0 and the gradient that it hands on is zero.
       blocks: which axes of a leaf share one ν: "leaf" for all, "output" for all but the last (the outputs of a Flax kernel),
         or a function (path as `jax.tree_util.keystr` writes it, shape) -> axes. `None` shares none.
-      mu_dtype: the floating dtype in which `mu` rests between steps, rounded to nearest and saturating; complex leaves stay
-        as they are. `None`: float32 or wider.
+      mu_dtype: the floating dtype in which every leaf of `mu` rests between steps, however small; `storage=` for the habit of
+        Optax. Complex leaves stay as they are. `None`: as `storage` has it.
+      nu_dtype: the same for `nu`.
+      storage: how the moments rest: "float32" (or wider, as they are computed), "bfloat16", "8bit", an object of
+        `adam_jax.storage`, or a pair (for mu, for nu). The update of a step uses the moments before they are narrowed.
 
     Raises:
       ValueError: for a number outside its range, an unknown rule, or, in `update`, a gradient tree that does not fit.
@@ -198,29 +209,27 @@ def track_moments(
         hypers["nu_eps"] = Hyperparameter("nu_eps", nu_eps, "[0, inf)")
     _check_options(b1, b2, mu_rule, nu_rule, nu_init, blocks)
     rule = NU_RULES[nu_rule]
-    rest = storage.resting(mu_dtype, "mu_dtype")
+    mu_form, nu_form = forms.forms(storage, mu_dtype, nu_dtype)
+    rests = [forms.Rest("mu", mu_form)] if b1 is not None else []
+    rests += [forms.Rest("nu", nu_form, signed=False, turn=16, start=nu_init)] if b2 is not None else []
 
-    def state_of(count: Array, mu: PyTree, nu: PyTree, weights: Array, used: dict[str, Array]) -> Any:
-        if b1 is None:
-            return TrackSquareState(count, nu, weights, used)
-        return TrackMeanState(count, mu, weights, used) if b2 is None else TrackMomentsState(count, mu, nu, weights, used)
+    def state_of(count: Array, kept: dict[str, PyTree], *rest: Any) -> Any:
+        kind: Any = TrackSquareState if b1 is None else TrackMeanState if b2 is None else TrackMomentsState
+        return kind(count, *kept.values(), *rest)
 
     def init(params: PyTree) -> Any:
         scalars = scalar_dtype(params)
 
-        def zero_mu(p: Any) -> Array:
-            return rest.narrow(jnp.zeros(jnp.shape(p), wide_dtype(p)))
+        def first(rest: forms.Rest, path: Any, p: Any) -> Array | None:
+            if not takes_part(p):
+                return None
+            if rest.name == "mu":
+                return rest.first(jnp.shape(p), wide_dtype(p))
+            return rest.first(_shared_shape(blocks, path, p), real_dtype(p))
 
-        def first_nu(path: Any, p: Any) -> Array | None:
-            return jnp.full(_shared_shape(blocks, path, p), nu_init, real_dtype(p)) if takes_part(p) else None
-
-        return state_of(
-            jnp.zeros((), jnp.int32),
-            None if b1 is None else like_params(zero_mu, params),
-            None if b2 is None else jax.tree_util.tree_map_with_path(first_nu, params),
-            jnp.zeros((2, 2), scalars),
-            first_values(hypers, scalars),
-        )
+        kept = {rest.name: jax.tree_util.tree_map_with_path(functools.partial(first, rest), params) for rest in rests}
+        scales = forms.all_first_scales(rests, kept)
+        return state_of(jnp.zeros((), jnp.int32), kept, jnp.zeros((2, 2), scalars), first_values(hypers, scalars), scales)
 
     def update(grads: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
         scalars = state.weights.dtype
@@ -241,7 +250,7 @@ def track_moments(
         def moment(g: Array, mu: Array | None) -> Array:
             if mu is None:
                 return jnp.where(first, jnp.zeros_like(g), g) if nu_delay else g
-            mu = rest.widen(mu, g.dtype)
+            mu = mu.astype(g.dtype)
             return times(mu, mu_decay) + g if mu_rule == "sum" else mu_average(mu, g)
 
         def second_moment(g: Array, mu: Array, nu: Array) -> Array:
@@ -249,6 +258,7 @@ def track_moments(
             shared = tuple(axis for axis, size in enumerate(nu.shape) if size != seen.shape[axis])
             if shared:
                 seen = mean(seen, shared)
+            nu = nu.astype(seen.dtype)
             return rule.moves(nu, seen, nu_average, *(s.astype(nu.dtype) for s in (nu_decay, nu_rate, used.get("nu_eps", zero))))
 
         def leaf(grad: Any, mu: Array | None, nu: Array | None) -> tuple[Array, Array | None]:
@@ -256,15 +266,16 @@ def track_moments(
             mu = moment(g, mu)
             return mu, None if nu is None else second_moment(g, mu, nu)
 
-        resting_mu, resting_nu = getattr(state, "mu", None), getattr(state, "nu", None)
-        mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), mu=resting_mu, nu=resting_nu)
+        old = {"mu": None, "nu": None} | {rest.name: rest.widen(getattr(state, rest.name), state.scales) for rest in rests}
+        mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), **old)
+        count = increment(state.count)
+        kept, scales = forms.all_narrow(rests, {"mu": mu, "nu": nu}, state.scales, count)
         nu = nu if b2 is not None else None
         weights = grow(state.weights, jnp.stack([mu_rate, nu_rate if rule.weighs else one]))
-        count = increment(state.count)
         moments = Moments(
             grad=grads,
             mu=mu,
-            nu=resting_nu if nu_delay else nu,
+            nu=old["nu"] if nu_delay else nu,
             mu_weight=weights[0, 0],
             nu_weight=one if nu_delay else weights[0, 1],
             mu_decay=mu_decay,
@@ -272,7 +283,7 @@ def track_moments(
             nu_rate=nu_rate,
             count=count,
         )
-        return moments, state_of(count, like_params(rest.narrow, mu), nu, weights, used)
+        return moments, state_of(count, kept, weights, used, scales)
 
     return init, update
 

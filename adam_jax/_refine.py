@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax import storage
+from adam_jax import storage as forms
 from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
-from adam_jax._moments import Moments, expect_moments
+from adam_jax._moments import Moments, Storage, expect_moments
 from adam_jax._transformation import Context, Init, Update, stage, stateless
 from adam_jax._tree import (
     PyTree,
-    at_rest,
     averaging,
     lift,
     like_params,
@@ -27,13 +26,19 @@ from adam_jax._tree import (
 
 
 class KeepMaximumState(NamedTuple):
-    """State of `keep_maximum`: the largest ν so far, of each element."""
+    """State of `keep_maximum`.
+
+    Attributes:
+      nu_max: the largest ν so far, of each element, at rest.
+      scales: as in `TrackMomentsState`.
+    """
 
     nu_max: PyTree
+    scales: dict[str, Array]
 
 
 @stage(takes="moments", gives="moments")
-def keep_maximum() -> tuple[Init, Update]:
+def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> tuple[Init, Update]:
     """Replaces ν by the largest it has been.
 
         nu_max ← max(nu_max, nu)
@@ -41,20 +46,28 @@ def keep_maximum() -> tuple[Init, Update]:
     Behind `correct_bias()` it is the maximum of corrected moments (Optax); before it, of raw ones, corrected by the present
     weight (PyTorch). The paper corrects nothing.
 
+    Args:
+      storage: how the maximum rests, as in `track_moments`; of a pair, as ν does.
+      nu_dtype: as in `track_moments`.
+
     Source: Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond" (2018), Algorithm 2.
     """
+    rest = forms.Rest("nu_max", forms.forms(storage, None, nu_dtype)[1], signed=False, turn=24)
 
     def init(params: PyTree) -> KeepMaximumState:
-        return KeepMaximumState(like_params(lambda p: jnp.zeros(jnp.shape(p), real_dtype(p)), params))
+        nu_max = like_params(lambda p: rest.first(jnp.shape(p), real_dtype(p)), params)
+        return KeepMaximumState(nu_max, rest.first_scales(nu_max))
 
     def update(updates: Any, state: KeepMaximumState, params: Any, context: Context) -> tuple[Moments, KeepMaximumState]:
         moments = expect_moments(updates, "keep_maximum()", needs_nu=True)
 
         def leaf(grad: Any, nu: Array, nu_max: Array) -> Array:
-            return jnp.maximum(nu, nu_max)
+            return jnp.maximum(nu, nu_max.astype(nu.dtype))
 
-        nu_max = lift(leaf, moments.grad, free=("nu",), nu=moments.nu, nu_max=state.nu_max)
-        return moments._replace(nu=nu_max), KeepMaximumState(at_rest(nu_max))
+        before = rest.widen(state.nu_max, state.scales)
+        nu_max = lift(leaf, moments.grad, free=("nu",), nu=moments.nu, nu_max=before)
+        kept, scales = rest.narrow(nu_max, state.scales, moments.count)
+        return moments._replace(nu=nu_max), KeepMaximumState(kept, scales)
 
     return init, update
 
@@ -66,15 +79,19 @@ class MixSlowMeanState(NamedTuple):
       step: steps taken, int32.
       mu_slow: the slow first moment at rest.
       hyperparams: the values that the last step used.
+      scales: as in `TrackMomentsState`.
     """
 
     step: Array
     mu_slow: PyTree
     hyperparams: dict[str, Array]
+    scales: dict[str, Array]
 
 
 @stage(takes="moments", gives="moments")
-def mix_slow_mean(b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, *, mu_dtype: Any = None) -> tuple[Init, Update]:
+def mix_slow_mean(
+    b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, *, mu_dtype: Any = None, storage: Storage = "float32"
+) -> tuple[Init, Update]:
     """Adds a second, slow first moment, which is not corrected for its bias.
 
         mu_slow ← mu_slow + (1 − b3)·(g − mu_slow)
@@ -84,15 +101,17 @@ def mix_slow_mean(b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, 
       b3: decay of the slow moment, in [0, 1).
       alpha: its share, ≥ 0.
       mu_dtype: as in `track_moments`.
+      storage: how the slow moment rests, as in `track_moments`; of a pair, as μ does.
 
     Source: Pagliardini, Ablin & Grangier, "The AdEMAMix Optimizer" (2024), §3.
     """
     hypers = {"b3": Hyperparameter("b3", b3, "[0, 1)"), "alpha": Hyperparameter("alpha", alpha, "[0, inf)")}
-    rest = storage.resting(mu_dtype, "mu_dtype")
+    rest = forms.Rest("mu_slow", forms.forms(storage, mu_dtype)[0], turn=8)
 
     def init(params: PyTree) -> MixSlowMeanState:
-        slow = like_params(lambda p: rest.narrow(jnp.zeros(jnp.shape(p), wide_dtype(p))), params)
-        return MixSlowMeanState(jnp.zeros((), jnp.int32), slow, first_values(hypers, scalar_dtype(params)))
+        slow = like_params(lambda p: rest.first(jnp.shape(p), wide_dtype(p)), params)
+        first = first_values(hypers, scalar_dtype(params))
+        return MixSlowMeanState(jnp.zeros((), jnp.int32), slow, first, rest.first_scales(slow))
 
     def update(updates: Any, state: MixSlowMeanState, params: Any, context: Context) -> tuple[Moments, MixSlowMeanState]:
         moments = expect_moments(updates, "mix_slow_mean()")
@@ -102,11 +121,13 @@ def mix_slow_mean(b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, 
         average = averaging(values["b3"], used["b3"], complement(values["b3"], scalars))
 
         def leaf(grad: Any, mu: Array, mu_slow: Array) -> tuple[Array, Array]:
-            slow = average(rest.widen(mu_slow, mu.dtype), widen(grad))
-            return mu + times(slow, used["alpha"]), rest.narrow(slow)
+            slow = average(mu_slow.astype(mu.dtype), widen(grad))
+            return mu + times(slow, used["alpha"]), slow
 
-        mu, slow = lift(leaf, moments.grad, outputs=2, mu=moments.mu, mu_slow=state.mu_slow)
-        return moments._replace(mu=mu), MixSlowMeanState(increment(state.step), slow, used)
+        before = rest.widen(state.mu_slow, state.scales)
+        mu, slow = lift(leaf, moments.grad, outputs=2, mu=moments.mu, mu_slow=before)
+        kept, scales = rest.narrow(slow, state.scales, moments.count)
+        return moments._replace(mu=mu), MixSlowMeanState(increment(state.step), kept, used, scales)
 
     return init, update
 

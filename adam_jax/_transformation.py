@@ -33,6 +33,7 @@ class Context(NamedTuple):
       learning_rate: the rate that was applied last in this chain, a scalar array, or `None`.
       inside: whether a chain of this package is calling. It rounds the final updates itself, so a stage need not.
       extra: the extra arguments of `update`, for stages of others.
+      rounded: whether the updates step from one number of the parameters' dtype to another.
     """
 
     gradient: PyTree | None = None
@@ -40,6 +41,7 @@ class Context(NamedTuple):
     learning_rate: Any = None
     inside: bool = False
     extra: Mapping[str, Any] = {}
+    rounded: bool = False
 
 
 class Flow(NamedTuple):
@@ -51,12 +53,15 @@ class Flow(NamedTuple):
       rate: "applies" for the stage that multiplies by the learning rate, and turns ascent into descent; "before" or "after"
         for one that is right on that side of it only.
       bias: "corrects" for the stage that divides moments by their weights, "before" for one that still needs the weights.
+      end: "rounds" for the stage whose updates must reach the parameters as they are, "reads" for one that leaves them so, and
+        may stand behind it.
     """
 
     takes: Literal["moments", "updates", "any"] = "updates"
     gives: Literal["moments", "updates", "same"] = "updates"
     rate: Literal["applies", "before", "after"] | None = None
     bias: Literal["corrects", "before"] | None = None
+    end: Literal["rounds", "reads"] | None = None
 
 
 Init: TypeAlias = Callable[[PyTree], PyTree]
@@ -193,6 +198,7 @@ def stage(
     gives: Literal["moments", "updates", "same"] = "same",
     rate: Callable[..., Any] | str | None = None,
     bias: Literal["corrects", "before"] | None = None,
+    end: Literal["rounds", "reads"] | None = None,
 ) -> Callable[[Callable[P, tuple[Init, Update]]], Callable[P, Transformation]]:
     """Makes a function of hyperparameters that returns `init(params)` and `update(updates, state, params, context)` a stage.
 
@@ -211,6 +217,7 @@ def stage(
       gives: see `Flow`.
       rate: see `Flow`; or a function of the stage's arguments that says it, where it depends on them.
       bias: see `Flow`.
+      end: see `Flow`.
 
     Raises:
       ValueError: for an unknown `takes` or `gives`.
@@ -223,7 +230,7 @@ def stage(
         def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
             arguments = bind(make, args, kwargs)
             side: Any = rate(**arguments.arguments) if callable(rate) else rate
-            spec = Spec(build, arguments, *make(*args, **kwargs), Flow(takes, gives, side, bias))
+            spec = Spec(build, arguments, *make(*args, **kwargs), Flow(takes, gives, side, bias, end))
             return transformation(spec)
 
         return build

@@ -35,6 +35,11 @@ def takes_part(leaf: Any) -> bool:
     return bool(jnp.issubdtype(dtype_of(leaf), jnp.inexact))
 
 
+def narrower_than_float32(leaf: Any) -> bool:
+    """Whether a leaf is real and has fewer bits than it is computed in."""
+    return takes_part(leaf) and bool(finfo(dtype_of(leaf)).bits < 32)
+
+
 def wide_dtype(leaf: Any) -> Any:
     """The dtype a leaf is computed in: its own, but never narrower than float32."""
     dtype = dtype_of(leaf)
@@ -246,13 +251,17 @@ def expect_params(params: PyTree | None, who: str) -> PyTree:
     return params
 
 
-def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None) -> PyTree:
-    """Rounds f32 updates, once, to the dtypes of `gradient`.
+def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None, rounded: bool = False) -> PyTree:
+    """Rounds f32 updates, once, to the dtypes of `gradient`; those that already step from number to number stay exact.
 
     The update of an integer leaf is zero: in its parameter's dtype, since `float0` cannot be added and `optax.apply_updates`
     would stop at it. Without `params` a `float0` stays what it is.
     """
-    narrowed = lift(lambda u, g, p: u.astype(dtype_of(g)), updates, incoming=gradient, params=params)
+
+    def leaf(u: Array, g: Any, p: Any) -> Array:
+        return u if rounded and narrower_than_float32(p) else u.astype(dtype_of(g))
+
+    narrowed = lift(leaf, updates, incoming=gradient, params=params)
 
     def still(u: Any, p: Any = None) -> Any:
         if takes_part(u) or (p is None and dtype_of(u) == dtypes.float0):

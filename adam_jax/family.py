@@ -2,7 +2,8 @@
 
 Positional arguments, their order and their defaults are those of the Optax function of the same name, where there is one;
 what only this package has is keyword-only. The arguments themselves are explained at the stages that take them. Every
-number may be a Python number, a traced scalar or a schedule. `learning_rate` has no default anywhere.
+number may be a Python number, a traced scalar or a schedule. `learning_rate` has no default anywhere. `storage` says how the
+moments rest between two steps: "float32", "bfloat16", "8bit", an object of `adam_jax.storage`, or a pair of these for μ and ν.
 
 In the equations, names are those of the code, `g` is the gradient, and a hat means after `correct_bias()`.
 """
@@ -19,7 +20,7 @@ from adam_jax._bias import correct_bias, look_ahead, rectify
 from adam_jax._chain import chain
 from adam_jax._hyperparams import ScalarOrSchedule as Number
 from adam_jax._hyperparams import expect_one_of
-from adam_jax._moments import Blocks, track_moments
+from adam_jax._moments import Blocks, Storage, track_moments
 from adam_jax._refine import center, keep_maximum, mix_slow_mean
 from adam_jax._scale import clip_elements, scale_by_atan2, scale_by_moments, scale_by_trust_ratio, take_mu
 from adam_jax._transformation import Transformation, recipe
@@ -56,7 +57,7 @@ def _ahead(b1: Number, nesterov: bool) -> tuple[Transformation, ...]:
 @recipe
 def adam(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
-    mu_dtype: Any = None, *, nesterov: bool = False
+    mu_dtype: Any = None, *, nesterov: bool = False, nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Adam: momentum and RMSprop in one, right from the first step.
 
@@ -71,7 +72,7 @@ def adam(
     √(1 − b2ᵗ), and default to 1e-7.
     """
     return chain(
-        track_moments(b1, b2, mu_dtype=mu_dtype),
+        track_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype, storage=storage),
         *_ahead(b1, nesterov),
         correct_bias(),
         scale_by_moments(eps, eps_root),
@@ -83,7 +84,7 @@ def adam(
 def adamw(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
     mu_dtype: Any = None, weight_decay: Number = 1e-4, mask: Mask | None = None, *, nesterov: bool = False,
-    decay: Literal["lr", "independent", "l2"] = "lr"
+    decay: Literal["lr", "independent", "l2"] = "lr", nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Adam with weight decay that does not pass through the moments.
 
@@ -102,7 +103,7 @@ def adamw(
     expect_one_of("decay", decay, ("lr", "independent", "l2"))
     last = scale_by_learning_rate(learning_rate)
     direction = (
-        track_moments(b1, b2, mu_dtype=mu_dtype),
+        track_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype, storage=storage),
         *_ahead(b1, nesterov),
         correct_bias(),
         scale_by_moments(eps, eps_root),
@@ -115,7 +116,7 @@ def adamw(
 
 @recipe
 def adamax(
-    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8
+    learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, *, storage: Storage = "float32"
 ) -> Transformation:
     """Adam with the infinity norm: ν is the largest gradient lately.
 
@@ -129,7 +130,7 @@ def adamax(
     Elsewhere: the paper has no `eps`; Optax and PyTorch have it where it is here. PyTorch's weight_decay goes into the gradient.
     """
     return chain(
-        track_moments(b1, b2, nu_rule="infinity", nu_eps=eps),
+        track_moments(b1, b2, nu_rule="infinity", nu_eps=eps, storage=storage),
         correct_bias(),
         scale_by_moments(0.0, root=False),
         scale_by_learning_rate(learning_rate),
@@ -139,7 +140,7 @@ def adamax(
 @recipe
 def adamaxw(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8,
-    weight_decay: Number = 1e-4, mask: Mask | None = None
+    weight_decay: Number = 1e-4, mask: Mask | None = None, *, storage: Storage = "float32"
 ) -> Transformation:
     """AdaMax with decoupled weight decay.
 
@@ -150,7 +151,7 @@ def adamaxw(
 
     Elsewhere: Optax has the same; PyTorch's Adamax puts weight_decay into the gradient.
     """
-    *direction, last = adamax(learning_rate, b1, b2, eps).stages
+    *direction, last = adamax(learning_rate, b1, b2, eps, storage=storage).stages
     return chain(*direction, add_decayed_weights(weight_decay, mask), last)
 
 
@@ -158,7 +159,7 @@ def adamaxw(
 def amsgrad(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
     mu_dtype: Any = None, bias_correction_mu: bool = True, bias_correction_nu: bool = True, *,
-    maximum: Literal["corrected", "raw"] = "corrected"
+    maximum: Literal["corrected", "raw"] = "corrected", nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Adam with a ν that never falls.
 
@@ -174,9 +175,10 @@ def amsgrad(
     """
     expect_one_of("maximum", maximum, ("corrected", "raw"))
     correction = correct_bias(mu=bias_correction_mu, nu=bias_correction_nu)
+    kept = keep_maximum(storage=storage, nu_dtype=nu_dtype)
     return chain(
-        track_moments(b1, b2, mu_dtype=mu_dtype),
-        *((correction, keep_maximum()) if maximum == "corrected" else (keep_maximum(), correction)),
+        track_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype, storage=storage),
+        *((correction, kept) if maximum == "corrected" else (kept, correction)),
         scale_by_moments(eps, eps_root),
         scale_by_learning_rate(learning_rate),
     )
@@ -185,7 +187,7 @@ def amsgrad(
 @recipe
 def nadam(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
-    mu_dtype: Any = None
+    mu_dtype: Any = None, *, nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Adam with Nesterov's momentum: the first moment looks one step ahead.
 
@@ -198,14 +200,14 @@ def nadam(
     b1·(1 − ½·0.96^(t·momentum_decay)) but average with the constant b1:
     `chain(track_moments(b1, b2), look_ahead(schedule), correct_bias(), ...)`.
     """
-    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True)
+    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True, nu_dtype=nu_dtype, storage=storage)
 
 
 @recipe
 def nadamw(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
     mu_dtype: Any = None, weight_decay: Number = 1e-4, mask: Mask | None = None, *,
-    decay: Literal["lr", "independent", "l2"] = "lr"
+    decay: Literal["lr", "independent", "l2"] = "lr", nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Nadam with decoupled weight decay: `adamw` with `nesterov=True`.
 
@@ -215,13 +217,16 @@ def nadamw(
 
     Elsewhere: as for `nadam` and `adamw`.
     """
-    return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=True, decay=decay)
+    return adamw(
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=True, decay=decay, nu_dtype=nu_dtype,
+        storage=storage
+    )
 
 
 @recipe
 def radam(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0,
-    threshold: Number = 5.0, *, nesterov: bool = False
+    threshold: Number = 5.0, *, nesterov: bool = False, storage: Storage = "float32"
 ) -> Transformation:
     """Adam that warms itself up: rectified while ν is young.
 
@@ -235,7 +240,7 @@ def radam(
     Elsewhere: Optax has these equations; PyTorch adds `eps` to √nu before its correction.
     """
     return chain(
-        track_moments(b1, b2),
+        track_moments(b1, b2, storage=storage),
         *_ahead(b1, nesterov),
         rectify(threshold),
         correct_bias(),
@@ -247,7 +252,7 @@ def radam(
 @recipe
 def adabelief(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-16, eps_root: Number = 1e-16,
-    *, nesterov: bool = False
+    *, nesterov: bool = False, storage: Storage = "float32"
 ) -> Transformation:
     """Adam whose ν measures how far the gradient is from what μ believed.
 
@@ -259,7 +264,7 @@ def adabelief(
     Elsewhere: Optax has the same. In the paper and its authors' code one ε stands in both places.
     """
     return chain(
-        track_moments(b1, b2, nu_rule="belief", nu_eps=eps_root),
+        track_moments(b1, b2, nu_rule="belief", nu_eps=eps_root, storage=storage),
         *_ahead(b1, nesterov),
         correct_bias(),
         scale_by_moments(eps),
@@ -270,7 +275,7 @@ def adabelief(
 @recipe
 def yogi(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-3, *,
-    initial_accumulator_value: float = 1e-6
+    initial_accumulator_value: float = 1e-6, storage: Storage = "float32"
 ) -> Transformation:
     """Adam whose ν moves by no more than (1 − b2)·g² a step, however far it is from g².
 
@@ -285,7 +290,7 @@ def yogi(
     Elsewhere: Optax starts μ at 1e-6 too. We side with the paper: μ starts at 0.
     """
     return chain(
-        track_moments(b1, b2, nu_rule="yogi", nu_init=initial_accumulator_value),
+        track_moments(b1, b2, nu_rule="yogi", nu_init=initial_accumulator_value, storage=storage),
         correct_bias(), scale_by_moments(eps), scale_by_learning_rate(learning_rate),
     )
 
@@ -293,7 +298,7 @@ def yogi(
 @recipe
 def lamb(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6, eps_root: Number = 0.0,
-    weight_decay: Number = 0.0, mask: Mask | None = None
+    weight_decay: Number = 0.0, mask: Mask | None = None, *, storage: Storage = "float32"
 ) -> Transformation:
     """Adam for large batches: each leaf's step has the length of its parameter.
 
@@ -306,7 +311,7 @@ def lamb(
     identity. PyTorch has no LAMB.
     """
     return chain(
-        track_moments(b1, b2),
+        track_moments(b1, b2, storage=storage),
         correct_bias(),
         scale_by_moments(eps, eps_root),
         add_decayed_weights(weight_decay, mask),
@@ -318,7 +323,7 @@ def lamb(
 @recipe
 def momentum(
     learning_rate: Number, momentum: Number = 0.9, nesterov: bool = False, accumulator_dtype: Any = None, *,
-    dampened: bool = False
+    dampened: bool = False, storage: Storage = "float32"
 ) -> Transformation:
     """Stochastic gradient descent with momentum: the first moment only. Arguments are those of `optax.sgd`.
 
@@ -332,7 +337,7 @@ def momentum(
 
     Elsewhere: PyTorch's SGD with dampening=0 is the sum; with dampening=momentum it is the mean, uncorrected.
     """
-    tracked = track_moments(momentum, None, mu_rule="mean" if dampened else "sum", mu_dtype=accumulator_dtype)
+    tracked = track_moments(momentum, None, mu_rule="mean" if dampened else "sum", mu_dtype=accumulator_dtype, storage=storage)
     direction = (*_ahead(momentum, nesterov), correct_bias(), take_mu()) if dampened else (take_mu(nesterov=nesterov),)
     return chain(tracked, *direction, scale_by_learning_rate(learning_rate))
 
@@ -341,7 +346,7 @@ def momentum(
 def rmsprop(
     learning_rate: Number, decay: Number = 0.9, eps: Number = 1e-8, initial_scale: float = 0.0,
     eps_in_sqrt: bool = True, centered: bool = False, momentum: Number | None = None, nesterov: bool = False,
-    bias_correction: bool = False
+    bias_correction: bool = False, *, storage: Storage = "float32"
 ) -> Transformation:
     """The gradient in units of its root mean square: the second moment only.
 
@@ -355,10 +360,20 @@ def rmsprop(
 
     Elsewhere: Optax and TensorFlow accumulate steps, as here; PyTorch accumulates directions and multiplies the sum by the
     learning rate, which differs while the rate changes. PyTorch has eps_in_sqrt=False and decay=0.99.
+
+    Raises:
+      ValueError: for `centered` with a narrow storage. The variance is a difference, and can be smaller than the noise of either.
     """
-    accumulated = () if momentum is None else (track_moments(momentum, None, mu_rule="sum"), take_mu(nesterov=nesterov))
+    if centered and storage != "float32":
+        raise ValueError(
+            f"rmsprop: found centered=True with storage={storage!r}; expected storage='float32': nu − mu² is a difference of two "
+            f"averages that often agree in more digits than narrow ones have."
+        )
+    accumulated = () if momentum is None else (
+        track_moments(momentum, None, mu_rule="sum", storage=storage), take_mu(nesterov=nesterov)
+    )
     return chain(
-        track_moments(decay if centered else None, decay, nu_init=initial_scale),
+        track_moments(decay if centered else None, decay, nu_init=initial_scale, storage=storage),
         *((correct_bias(),) if bias_correction else ()),
         *((center(),) if centered else ()),
         scale_by_moments(0.0, eps) if eps_in_sqrt else scale_by_moments(eps),
@@ -374,7 +389,8 @@ def _fourth_root(count: Any) -> Any:
 @recipe
 def adopt(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.9999, eps: Number = 1e-6, mu_dtype: Any = None, *,
-    nesterov: bool = False, use_clipping: bool = True, clip_value_fn: Callable[[Any], Any] = _fourth_root
+    nesterov: bool = False, use_clipping: bool = True, clip_value_fn: Callable[[Any], Any] = _fourth_root,
+    nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Adam that scales the gradient by the ν of the step before, and averages after: it converges with any b2.
 
@@ -390,10 +406,10 @@ def adopt(
     Elsewhere: Optax has the same. The paper's Algorithm 1, without clipping, starts mu at the first d instead of at 0.
     """
     return chain(
-        track_moments(None, b2, nu_delay=True),
+        track_moments(None, b2, nu_delay=True, nu_dtype=nu_dtype, storage=storage),
         scale_by_moments(eps, floor=True),
         *((clip_elements(clip_value_fn),) if use_clipping else ()),
-        track_moments(b1, None, mu_dtype=mu_dtype),
+        track_moments(b1, None, mu_dtype=mu_dtype, storage=storage),
         take_mu(nesterov=nesterov),
         scale_by_learning_rate(learning_rate),
     )
@@ -403,7 +419,7 @@ def adopt(
 def ademamix(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, b3: Number = 0.9999, alpha: Number = 5.0,
     eps: Number = 1e-8, eps_root: Number = 0.0, mu_dtype: Any = None, weight_decay: Number = 0.0,
-    mask: Mask | None = None
+    mask: Mask | None = None, *, nu_dtype: Any = None, storage: Storage = "float32"
 ) -> Transformation:
     """Adam with a second first moment that remembers ten thousand steps.
 
@@ -417,9 +433,9 @@ def ademamix(
     Elsewhere: Optax has the same. The authors' code has both warm-ups built in, and counts them from its own start.
     """
     return chain(
-        track_moments(b1, b2, mu_dtype=mu_dtype),
+        track_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype, storage=storage),
         correct_bias(),
-        mix_slow_mean(b3, alpha, mu_dtype=mu_dtype),
+        mix_slow_mean(b3, alpha, mu_dtype=mu_dtype, storage=storage),
         scale_by_moments(eps, eps_root),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
@@ -429,7 +445,7 @@ def ademamix(
 @recipe
 def adam_mini(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0,
-    mask: Mask | None = None, *, blocks: Blocks = "output"
+    mask: Mask | None = None, *, blocks: Blocks = "output", storage: Storage = "float32"
 ) -> Transformation:
     """Adam with one ν for a whole block of a leaf: a second moment that takes next to no memory.
 
@@ -444,7 +460,7 @@ def adam_mini(
     Elsewhere: the authors' code tells the blocks by the names of PyTorch's parameters. Optax and PyTorch have no Adam-mini.
     """
     return chain(
-        track_moments(b1, b2, blocks=blocks),
+        track_moments(b1, b2, blocks=blocks, storage=storage),
         correct_bias(),
         scale_by_moments(eps),
         add_decayed_weights(weight_decay, mask),
@@ -455,7 +471,7 @@ def adam_mini(
 @recipe
 def adam_atan2(
     learning_rate: Number, b1: Number = 0.9, b2: Number = 0.999, weight_decay: Number = 0.0,
-    mask: Mask | None = None, *, a: float = 1.0, b: float = 1.0
+    mask: Mask | None = None, *, a: float = 1.0, b: float = 1.0, storage: Storage = "float32"
 ) -> Transformation:
     """Adam without ε: the quotient is an angle, and the same at any scale of the gradients.
 
@@ -466,7 +482,7 @@ def adam_atan2(
     Elsewhere: Optax and PyTorch have no such member; others' code often has a = 4/π, which makes the largest step 2.
     """
     return chain(
-        track_moments(b1, b2),
+        track_moments(b1, b2, storage=storage),
         correct_bias(),
         scale_by_atan2(a=a, b=b),
         add_decayed_weights(weight_decay, mask),

@@ -1,48 +1,419 @@
-"""How moments rest between two steps. So far: in the dtype they are computed in, or in a floating dtype of the user's."""
+"""How a moment rests between two steps: as it is computed, as a narrower float, or as codes of eight bits.
+
+A resting moment has the shape of its parameter, and each of its elements depends on that element alone. So a parameter's
+sharding is its moment's too, and a step stays one pass over memory. Narrowing is unbiased: with β₂ = 0.999 a moment moves by
+0.1 % a step, far less than the last bit of a narrow number, and rounded to nearest it would never move.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
-from adam_jax._tree import finfo
+from adam_jax._hyperparams import expect_one_of
+from adam_jax._noise import noise, rotate
+from adam_jax._tree import PyTree, as_wide, finfo, like_params
+
+Rounding: TypeAlias = Literal["stochastic", "nearest"]
+
+Scales: TypeAlias = dict[str, Array]
+
+SMALLEST = 4096
 
 
-class Resting(NamedTuple):
-    """The resting form of a moment.
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """Moments rest as floats of a dtype; infinities and what is too large saturate at its largest number.
 
     Attributes:
-      dtype: the dtype that an array rests in; `None` for the one it is computed in.
+      dtype: a floating dtype; `None` for the one that a leaf is computed in, float32 or wider.
+      rounding: "stochastic" rounds up as often as keeps the mean right, "nearest" freezes what moves by less than half its last
+        bit a step.
+      seed: of the random bits.
+      smallest: leaves of fewer elements stay as they are computed.
+
+    Raises:
+      ValueError: for a dtype that is not floating or has no zero, or an unknown rounding.
+      TypeError: if `seed` or `smallest` is no integer.
     """
 
     dtype: Any = None
+    rounding: Rounding = "stochastic"
+    seed: int = 0
+    smallest: int = SMALLEST
 
-    def narrow(self, wide: Array) -> Array:
-        """The resting form: rounded to nearest, saturating at the largest finite number."""
-        if self.dtype is None or jnp.iscomplexobj(wide):
-            return wide
-        largest = float(finfo(self.dtype).max)
-        return jnp.clip(wide, -largest, largest).astype(self.dtype)
-
-    def widen(self, resting: Array, dtype: Any) -> Array:
-        """The form that a step computes with."""
-        return resting.astype(dtype)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _floating(self.dtype, "storage.Float: dtype"))
+        _check(self)
 
 
-def resting(dtype: Any, name: str) -> Resting:
-    """The storage that a user's `mu_dtype` names.
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Moments rest as integers that count in ratios, relative to a power of two that is kept for each leaf.
+
+    A code is a small float: below 1 unit eight equal steps, then eight steps an octave, and where those end, for elements that
+    suddenly outgrow the leaf, one step an octave. The unit of a step follows from the largest code of the step before, with an
+    octave to spare, so that encoding needs no second look at the moments. Before there is a largest code, at the first step
+    or in a leaf that has been all zero, all codes are whole octaves, 128 of them.
+
+    ========  =====  ===============  =====================  ==============  ====================
+    moment    dtype  fine octaves     below the largest      coarse octaves  smallest but zero
+    ========  =====  ===============  =====================  ==============  ====================
+    μ, signed int8   14               2⁻¹⁴                   16              rounds to 0 or a step
+    ν, ≥ 0    uint8  28               2⁻²⁸, of √ν 2⁻¹⁴       32              is kept from 0
+    ========  =====  ===============  =====================  ==============  ====================
+
+    The relative step is 1/8 of an octave's width. A positive ν never becomes 0, so that no update loses its denominator:
+    what is smaller than the smallest code is stored as it. NaN is stored as 0.
+
+    Attributes:
+      bits: 8, or 16 with 2048 steps an octave in place of 8.
+      rounding: as in `Float`.
+      seed: as in `Float`.
+      smallest: as in `Float`.
 
     Raises:
-      ValueError: if it is no floating dtype.
+      ValueError: for another number of bits, or an unknown rounding.
+      TypeError: if `seed` or `smallest` is no integer.
     """
+
+    bits: Literal[8, 16] = 8
+    rounding: Rounding = "stochastic"
+    seed: int = 0
+    smallest: int = SMALLEST
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 16):
+            raise ValueError(f"storage.Codes: bits: found {self.bits!r}; expected 8 or 16.")
+        _check(self)
+
+
+def _check(form: Form) -> None:
+    who = f"storage.{type(form).__name__}"
+    expect_one_of(f"{who}: rounding", form.rounding, ("stochastic", "nearest"))
+    for name in ("seed", "smallest"):
+        value = getattr(form, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{who}: {name}: found {value!r}; expected an integer.")
+
+
+def _floating(dtype: Any, name: str) -> Any:
     if dtype is None:
-        return Resting()
+        return None
     try:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"{name}: found {dtype!r}; expected a floating dtype such as jnp.bfloat16, or None for float32.")
-    return Resting(found)
+    if np.zeros((), found) != 0 or finfo(found).max < 1:
+        raise ValueError(f"{name}: found {dtype!r}, which has no zero; expected a floating dtype such as jnp.bfloat16.")
+    return found
+
+
+Form: TypeAlias = Float | Codes
+Storage: TypeAlias = Literal["float32", "bfloat16", "8bit"] | Form | tuple[Any, Any]
+
+NAMED: dict[str, Form] = {"float32": Float(), "bfloat16": Float(jnp.bfloat16), "8bit": Codes()}
+
+
+def forms(storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None) -> tuple[Form, Form]:
+    """How μ and ν rest: `storage` for both or a pair of them, or, as in Optax, a dtype for all leaves however small.
+
+    Raises:
+      ValueError: for what is no storage, or where a dtype is given beside a storage that says otherwise.
+    """
+    pair = storage if isinstance(storage, tuple) else (storage, storage)
+    if len(pair) != 2:
+        raise ValueError(f"storage: found {len(pair)} of them; expected one, or the pair (for mu, for nu).")
+    chosen = []
+    for one, dtype, name in zip(pair, (mu_dtype, nu_dtype), ("mu_dtype", "nu_dtype"), strict=True):
+        form = NAMED.get(one) if isinstance(one, str) else one
+        if not isinstance(form, (Float, Codes)):
+            raise ValueError(
+                f"storage: found {one!r}; expected 'float32', 'bfloat16', '8bit', an object of storage.Float or storage.Codes, "
+                f"or a pair of these for mu and nu."
+            )
+        if dtype is not None:
+            if form != Float():
+                raise ValueError(f"found both {name}={dtype!r} and storage={one!r}; expected one of them.")
+            form = Float(_floating(dtype, name), smallest=0)
+        chosen.append(form)
+    return chosen[0], chosen[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """The resting form of one moment of a stage, for its whole tree.
+
+    Attributes:
+      name: its field in the state.
+      form: how it rests.
+      signed: whether it can be negative.
+      turn: where in the random bits of an element it begins. Moments of one step share them, and must not share an end.
+      start: the value of all elements before the first step.
+    """
+
+    name: str
+    form: Form
+    signed: bool = True
+    turn: int = 0
+    start: float = 0.0
+
+    def why_wide(self, shape: tuple[int, ...], dtype: Any) -> str | None:
+        """Why a moment of that shape and computing dtype rests as it is computed; `None` if it is narrowed."""
+        if self.form == Float():
+            return "storage is float32"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return "complex"
+        if math.prod(shape) < self.form.smallest:
+            return f"fewer than {self.form.smallest} elements"
+        if isinstance(self.form, Float) and finfo(self.form.dtype).bits >= finfo(dtype).bits:
+            return "no wider than that already"
+        return None
+
+    def first(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The start at rest, in an array of a shape and of the dtype that it is computed in."""
+        if self.why_wide(shape, dtype):
+            return jnp.full(shape, self.start, dtype)
+        if isinstance(self.form, Float):
+            return jnp.full(shape, self.start, self.form.dtype)
+        codec = self._codec
+        code = codec.narrow(jnp.full((), self.start, np.float32), codec.first_exponent(self.start), HALF)
+        return jnp.full(shape, code, codec.dtype)
+
+    def first_scales(self, tree: PyTree) -> Scales:
+        """The exponents of the units of a fresh tree at rest."""
+        if isinstance(self.form, Float):
+            return {}
+        coded = sum(map(_is_code, jax.tree.leaves(tree)))
+        return {self.name: jnp.full((coded, 2), self._codec.first_exponent(self.start), jnp.int16)}
+
+    def widen(self, tree: PyTree, scales: Scales) -> PyTree:
+        """A tree at rest in float32, or in what is wider."""
+        rows = itertools.count()
+
+        def leaf(resting: Array) -> Array:
+            if _is_code(resting):
+                if isinstance(self.form, Float) or self._codec.dtype != resting.dtype:
+                    raise ValueError(self._misfit(resting))
+                return self._codec.widen(resting, scales[self.name][next(rows), 0])
+            if self.why_wide(resting.shape, resting.dtype) is None or (self.form == Float() and finfo(resting.dtype).bits < 32):
+                raise ValueError(self._misfit(resting))
+            return as_wide(resting)
+
+        return jax.tree.map(leaf, tree)
+
+    def narrow(self, tree: PyTree, scales: Scales, count: Array) -> tuple[PyTree, Scales]:
+        """The resting form of a tree of moments, and its scales.
+
+        Args:
+          tree: moments, float32 or wider; leaves that take no part are dropped.
+          scales: those of the tree that was widened.
+          count: the step, for the random bits.
+        """
+        rows: list[Array] = []
+        indices = itertools.count()
+
+        def leaf(x: Array) -> Array:
+            index = next(indices)
+            if self.why_wide(x.shape, x.dtype):
+                return x
+            nearest = self.form.rounding == "nearest"
+            random = HALF if nearest else rotate(noise(self.form.seed, index, count, x.shape), self.turn)
+            if isinstance(self.form, Float):
+                return to_float(x, self.form.dtype, random)
+            unit = scales[self.name][len(rows), 1]
+            code = self._codec.narrow(x.astype(jnp.float32), unit, random)
+            rows.append(jnp.stack([unit, self._codec.next_exponent(code, unit)]))
+            return code
+
+        kept = like_params(leaf, tree)
+        return kept, {self.name: jnp.stack(rows)} if rows else self.first_scales(kept)
+
+    def _misfit(self, resting: Array) -> str:
+        return (
+            f"the state's {self.name} of shape {resting.shape} rests as {resting.dtype}, which is not how {self.form} keeps it. "
+            f"Pass the state that `init` of this very transformation made, or one that its `update` returned."
+        )
+
+    @property
+    def _codec(self) -> Codec:
+        assert isinstance(self.form, Codes)
+        return Codec(self.form.bits, self.signed)
+
+
+def _is_code(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.integer))
+
+
+def all_first_scales(rests: Sequence[Rest], trees: dict[str, PyTree]) -> Scales:
+    """The scales of several fresh moments by name."""
+    return {name: scale for rest in rests for name, scale in rest.first_scales(trees[rest.name]).items()}
+
+
+def all_narrow(rests: Sequence[Rest], trees: dict[str, PyTree], scales: Scales, count: Array) -> tuple[dict[str, PyTree], Scales]:
+    """The resting forms of several moments by name, and their scales."""
+    narrowed = {rest.name: rest.narrow(trees[rest.name], scales, count) for rest in rests}
+    kept = {name: tree for name, (tree, _) in narrowed.items()}
+    return kept, {name: scale for _, its in narrowed.values() for name, scale in its.items()}
+
+
+# Arithmetic. Everything is exact but for one addition and the rounding that is meant, so every backend makes the same codes.
+
+HALF = np.uint32(2**31)
+"""The random bits that round to nearest, halves up."""
+
+_ONE = np.int32(0x3F800000)
+"""The bits of 1.0: what the bits of a number exceed them by is its logarithm, straight between powers of two."""
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, np.int32)
+
+
+def _float(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, np.float32)
+
+
+def _threshold(random: Any, dropped: int) -> Any:
+    """As many random bits as are dropped: added to the others, they carry into them as often as is unbiased."""
+    return (random >> np.uint32(32 - dropped)).astype(np.int32)
+
+
+def to_float(x: Array, dtype: Any, random: Any) -> Array:
+    """Rounds to a floating dtype, saturating; unbiased in all of its range, subnormal numbers too.
+
+    Args:
+      x: real.
+      dtype: the dtype.
+      random: 32 random bits for each element, or `HALF`.
+
+    Returns:
+      `x` in that dtype; NaN stays NaN.
+    """
+    info = finfo(dtype)
+    largest = np.asarray(info.max, x.dtype)
+    x = lax.clamp(-largest, x, largest)
+    dropped = 23 - info.nmant
+    if dropped <= 0:
+        return x.astype(dtype)
+    x = x.astype(np.float32)
+    kept = np.int32(-(2**dropped))
+    if info.minexp == finfo(np.float32).minexp:
+        rounded = _float(_bits(x) + _threshold(random, dropped) & kept)
+    else:
+        tiny = np.float32(info.tiny)
+        rounded = _from_log(_float(_bits(_to_log(lax.abs(x) / tiny)) + _threshold(random, dropped) & kept)) * tiny
+        rounded = lax.min(jnp.where(x < 0, -rounded, rounded), largest.astype(np.float32))
+    return jnp.where(jnp.isnan(x), x, rounded).astype(dtype)
+
+
+def _to_log(y: Array) -> Array:
+    """From y ≥ 0 to t ≥ 1 whose bits step evenly: y + 1 below 1, where a small float has its subnormal numbers, 2y above."""
+    return lax.max(y + np.float32(1), y * np.float32(2))
+
+
+def _from_log(t: Array) -> Array:
+    return lax.min(t - np.float32(1), t * np.float32(0.5))
+
+
+UNKNOWN = np.int16(-(2**15))
+"""The exponent of a unit that is not known yet."""
+
+_WIDEST = -86
+"""The exponent that stands in for it: 128 octaves from 2⁻⁸⁶, where ν of gradients of 4e-12 lies, to 2⁴¹."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Codes of one kind. See `Codes` for what they can hold.
+
+    With y = |x|/unit and t = max(y + 1, 2y), b = bits(t) − bits(1) is a logarithm of y that is a straight line between powers of
+    two. It is the code with more digits: the last 20 are rounded off, after what lies above the fine octaves was divided by 8.
+
+    Attributes:
+      bits: 8 or 16.
+      signed: whether a bit is a sign.
+    """
+
+    bits: int
+    signed: bool
+
+    @property
+    def dtype(self) -> Any:
+        """That of the codes."""
+        return np.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
+
+    @property
+    def fraction(self) -> int:
+        """How many bits divide an octave."""
+        return self.bits - 5
+
+    @property
+    def fine(self) -> int:
+        """The number of fine octaves: half of them below in √ν, whose range then is that of μ."""
+        return 14 if self.signed else 28
+
+    def _layout(self, unit: Any) -> tuple[Array, Array]:
+        """The exponent of the unit, and the code at which whole octaves begin."""
+        known = unit != UNKNOWN
+        return (
+            jnp.where(known, unit, np.int16(_WIDEST)).astype(np.int32),
+            jnp.where(known, np.int32(self.fine << self.fraction), np.int32(0)),
+        )
+
+    def _even(self, size: Array, coarse: Array) -> Array:
+        """Codes as they would be, were the coarse octaves as fine as the others."""
+        return lax.max(size, (size - coarse << np.int32(self.fraction)) + coarse)
+
+    def widen(self, code: Array, unit: Any) -> Array:
+        """What codes stand for, in float32."""
+        exponent, coarse = self._layout(unit)
+        k = code.astype(np.int32)
+        even = self._even(lax.abs(k), jnp.broadcast_to(coarse, k.shape))
+        size = _from_log(_float((even << np.int32(23 - self.fraction)) + _ONE)) * _float(exponent + 127 << 23)
+        return jnp.where(k < 0, -size, size) if self.signed else size
+
+    def narrow(self, x: Array, unit: Any, random: Any) -> Array:
+        """Codes of float32 numbers, rounded by random bits or `HALF`."""
+        exponent, coarse = self._layout(unit)
+        dropped = 23 - self.fraction
+        b = _bits(_to_log(lax.abs(x) * _float(127 - exponent << 23))) - _ONE
+        start = coarse << np.int32(dropped)
+        b = lax.min(b, (b >> np.int32(self.fraction)) + jnp.broadcast_to(start - (start >> np.int32(self.fraction)), b.shape))
+        k = b + _threshold(random, dropped) >> np.int32(dropped)
+        k = lax.min(k, jnp.full_like(k, np.iinfo(self.dtype).max))
+        k = jnp.where(jnp.isnan(x), 0, k) if self.signed else jnp.where(x > 0, lax.max(k, jnp.ones_like(k)), 0)
+        # Through a float, whose lowest bits the code becomes. The TPU's compiler makes two passes of a step that takes bits of
+        # floats for integers and stores those, and one of this.
+        size = _float(k | np.int32(0x4B000000)) - np.float32(2**23)
+        return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
+
+    def next_exponent(self, code: Array, unit: Any) -> Array:
+        """The exponent of the unit in which the next step encodes, int16.
+
+        From the codes and not from the moments: a CPU would compute those once more.
+        """
+        exponent, coarse = self._layout(unit)
+        largest = jnp.max(lax.abs(code.astype(np.float32)), initial=0).astype(np.int32)
+        octave = exponent + (self._even(largest, coarse) >> self.fraction)
+        return jnp.where(largest == 0, UNKNOWN, self._clear(octave)).astype(np.int16)
+
+    def _clear(self, octave: Any) -> Any:
+        """The unit's exponent with which code octave `octave` is the last but one of the fine ones, and no factor overflows."""
+        return jnp.clip(octave - (self.fine - 2), -126, 126)
+
+    def first_exponent(self, value: float) -> Any:
+        """The exponent for codes of a number that is known beforehand."""
+        if value == 0:
+            return UNKNOWN
+        return np.int16(np.clip(int(np.frexp(np.float32(value))[1]) - (self.fine - 2), -126, 126))
