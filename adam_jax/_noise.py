@@ -28,7 +28,9 @@ def noise(seed: int, leaf: int, count: Array, shape: tuple[int, ...]) -> Array:
     """
     salt = np.uint32(_mixed(_mixed(seed & 0xFFFFFFFF) + leaf & 0xFFFFFFFF))
     key = _mix(lax.bitcast_convert_type(count, np.uint32) + salt)
-    return _mix(lax.bitwise_xor(_position(shape), lax.broadcast(key, shape)))
+    # First the row, with the key, which makes one operand of two: a TPU's pass over memory has 16 at most.
+    rows = _mix(_index(shape, range(len(shape) - 1)) + key)
+    return _mix(rows ^ _index(shape, range(len(shape) - 1, len(shape))))
 
 
 def rotate(bits: Array, by: int) -> Array:
@@ -36,14 +38,14 @@ def rotate(bits: Array, by: int) -> Array:
     return bits if by == 0 else (bits << np.uint32(by)) | (bits >> np.uint32(32 - by))
 
 
-def _position(shape: tuple[int, ...]) -> Array:
-    """The row-major index of every element, modulo 2³²."""
-    position = lax.full(shape, np.uint32(0))
+def _index(shape: tuple[int, ...], axes: range) -> Array:
+    """The row-major index of every element along some axes, modulo 2³²."""
+    index = lax.full(shape, np.uint32(0))
     stride = 1
-    for axis in reversed(range(len(shape))):
-        position += lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride % 2**32)
+    for axis in reversed(axes):
+        index += lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    return position
+    return index
 
 
 def _mix(x: Array) -> Array:

@@ -22,7 +22,7 @@ from adam_jax._hyperparams import increment
 from adam_jax._noise import noise
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import PyTree, as_wide, expect_params, lift, narrower_than_float32
-from adam_jax.storage import HALF, to_float
+from adam_jax.storage import HALF, small_float, to_float
 
 
 class RoundStochasticallyState(NamedTuple):
@@ -118,8 +118,8 @@ def compensate() -> tuple[Init, Update]:
             old = as_wide(param)
             new = lax.bitcast_convert_type(_bits(old) + lost.astype(np.int32), np.float32) + as_wide(update).astype(old.dtype)
             rounded = as_wide(to_float(new, param.dtype, HALF))
-            left = jnp.clip(_bits(new) - _bits(rounded), -(2**15), 2**15 - 1).astype(np.int16)
-            return _step(old, new, rounded), left
+            left = small_float(jnp.clip(_bits(new) - _bits(rounded), -(2**15), 2**15 - 1) + 2**15) - np.float32(2**15)
+            return _step(old, new, rounded), left.astype(np.int16)
 
         low, rest = _split(updates, params)
         moved, lost = lift(leaf, low, outputs=2, params=_split(params, params)[0], lost=state.lost)

@@ -317,6 +317,14 @@ def to_float(x: Array, dtype: Any, random: Any) -> Array:
     return jnp.where(jnp.isnan(x), x, rounded).astype(dtype)
 
 
+def small_float(k: Array) -> Array:
+    """An integer in [0, 2²³) as a float, whose lowest bits it becomes: on its way to be stored as an integer of fewer bits.
+
+    A conversion would do, but the TPU's compiler makes two passes over memory of a step that stores what was a float's bits.
+    """
+    return _float(k | np.int32(0x4B000000)) - np.float32(2**23)
+
+
 def _to_log(y: Array) -> Array:
     """From y ≥ 0 to t ≥ 1 whose bits step evenly: y + 1 below 1, where a small float has its subnormal numbers, 2y above."""
     return lax.max(y + np.float32(1), y * np.float32(2))
@@ -387,15 +395,16 @@ class Codec:
         """Codes of float32 numbers, rounded by random bits or `HALF`."""
         exponent, coarse = self._layout(unit)
         dropped = 23 - self.fraction
-        b = _bits(_to_log(lax.abs(x) * _float(127 - exponent << 23))) - _ONE
-        start = coarse << np.int32(dropped)
-        b = lax.min(b, (b >> np.int32(self.fraction)) + jnp.broadcast_to(start - (start >> np.int32(self.fraction)), b.shape))
+        # The sign of the factor says that no octave is fine: a second scalar would be one operand too many for a TPU's pass.
+        sign = jnp.where(coarse == 0, np.int32(-(2**31)), np.int32(0))
+        y = lax.abs(x) * _float((127 - exponent << 23) | sign)
+        start = (self.fine << 23) - (self.fine << dropped)
+        b = _bits(_to_log(lax.abs(y))) - _ONE
+        b = lax.min(b, (b >> np.int32(self.fraction)) + (~(_bits(y) >> np.int32(31)) & np.int32(start)))
         k = b + _threshold(random, dropped) >> np.int32(dropped)
         k = lax.min(k, jnp.full_like(k, np.iinfo(self.dtype).max))
         k = jnp.where(jnp.isnan(x), 0, k) if self.signed else jnp.where(x > 0, lax.max(k, jnp.ones_like(k)), 0)
-        # Through a float, whose lowest bits the code becomes. The TPU's compiler makes two passes of a step that takes bits of
-        # floats for integers and stores those, and one of this.
-        size = _float(k | np.int32(0x4B000000)) - np.float32(2**23)
+        size = small_float(k)
         return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
 
     def next_exponent(self, code: Array, unit: Any) -> Array:
