@@ -16,6 +16,7 @@ from adam_jax._links import average_parameters, averaged_parameters, cautious, c
 from adam_jax.rounding import compensate, round_stochastically
 from adam_jax._chain import chain
 from adam_jax._hyperparams import hyperparameters
+from adam_jax._audit import StateBytes, state_bytes
 from adam_jax._transformation import Context, Flow, Transformation, recipe, stage
 from adam_jax import family
 from adam_jax.family import (
@@ -65,6 +66,8 @@ __all__ = [
     "round_stochastically",
     "chain",
     "hyperparameters",
+    "StateBytes",
+    "state_bytes",
     "Context",
     "Flow",
     "Transformation",

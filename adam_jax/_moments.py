@@ -213,9 +213,7 @@ def track_moments(
     rests = [forms.Rest("mu", mu_form)] if b1 is not None else []
     rests += [forms.Rest("nu", nu_form, signed=False, turn=16, start=nu_init)] if b2 is not None else []
 
-    def state_of(count: Array, kept: dict[str, PyTree], *rest: Any) -> Any:
-        kind: Any = TrackSquareState if b1 is None else TrackMeanState if b2 is None else TrackMomentsState
-        return kind(count, *kept.values(), *rest)
+    kind: Any = TrackSquareState if b1 is None else TrackMeanState if b2 is None else TrackMomentsState
 
     def init(params: PyTree) -> Any:
         scalars = scalar_dtype(params)
@@ -229,7 +227,8 @@ def track_moments(
 
         kept = {rest.name: jax.tree_util.tree_map_with_path(functools.partial(first, rest), params) for rest in rests}
         scales = forms.all_first_scales(rests, kept)
-        return state_of(jnp.zeros((), jnp.int32), kept, jnp.zeros((2, 2), scalars), first_values(hypers, scalars), scales)
+        zero, weights = jnp.zeros((), jnp.int32), jnp.zeros((2, 2), scalars)
+        return kind(zero, *kept.values(), weights, first_values(hypers, scalars), scales)
 
     def update(grads: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
         scalars = state.weights.dtype
@@ -283,7 +282,7 @@ def track_moments(
             nu_rate=nu_rate,
             count=count,
         )
-        return moments, state_of(count, kept, weights, used, scales)
+        return moments, kind(count, *kept.values(), weights, used, scales)
 
     return init, update
 

@@ -1,0 +1,141 @@
+"""What a transformation's state weighs, before a byte of it is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from adam_jax import storage
+from adam_jax._transformation import Transformation
+from adam_jax._tree import PyTree, dtype_of, finfo, takes_part
+
+PARTS = {"mu": "mu", "mu_slow": "mu", "nu": "nu", "nu_max": "nu", "lost": "rounding"}
+"""Which part the fields of a state belong to. What is in none of them is counts, scalars, and the memory of other stages."""
+
+
+class Wide(NamedTuple):
+    """A leaf of a moment that rests as it is computed.
+
+    Attributes:
+      moment: the field of the state: "mu", "nu", "nu_max" or "mu_slow".
+      path: the place of the leaf, as `jax.tree_util.keystr` writes it.
+      elements: how many numbers it has.
+      why: the reason.
+    """
+
+    moment: str
+    path: str
+    elements: int
+    why: str
+
+
+class StateBytes(NamedTuple):
+    """Bytes by what they are for. Prints as a table.
+
+    Attributes:
+      elements: the number of parameters, of all dtypes.
+      parameters: bytes of the parameters.
+      mu: bytes of first moments, slow ones too, with the scales of their codes.
+      nu: bytes of second moments, their maximum too, with the scales of their codes.
+      rounding: bytes of what `compensate` keeps.
+      other: bytes of all else in the state.
+      wide: the leaves of moments that rest as they are computed, and why.
+    """
+
+    elements: int
+    parameters: int
+    mu: int
+    nu: int
+    rounding: int
+    other: int
+    wide: tuple[Wide, ...]
+
+    @property
+    def state(self) -> int:
+        """Bytes of the whole state."""
+        return self.mu + self.nu + self.rounding + self.other
+
+    @property
+    def total(self) -> int:
+        """Bytes of parameters and state: what rests between two steps."""
+        return self.parameters + self.state
+
+    def __str__(self) -> str:
+        rows = {"parameters": self.parameters, "μ": self.mu, "ν": self.nu, "rounding": self.rounding, "other": self.other}
+        lines = [f"{'':10} {'bytes':>19} {'a parameter':>12}"]
+        lines += [self._row(name, size) for name, size in rows.items()]
+        lines += [self._row("in all", self.total)]
+        for moment in dict.fromkeys(leaf.moment for leaf in self.wide):
+            for why in dict.fromkeys(leaf.why for leaf in self.wide if leaf.moment == moment):
+                lines.append(self._stays(moment, why))
+        return "\n".join(lines)
+
+    def _row(self, name: str, size: int) -> str:
+        return f"{name:10} {size:19,} {size / max(self.elements, 1):12.3f}"
+
+    def _stays(self, moment: str, why: str) -> str:
+        leaves = [leaf for leaf in self.wide if (leaf.moment, leaf.why) == (moment, why)]
+        paths = ", ".join(leaf.path or "the only leaf" for leaf in leaves[:3])
+        more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+        return f"{moment} stays wide in {paths}{more} ({sum(leaf.elements for leaf in leaves):,} elements): {why}"
+
+
+def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
+    """Counts the bytes of parameters and state, from shapes alone: nothing is allocated.
+
+        print(state_bytes(adam(1e-3, storage="8bit"), params))
+
+    Args:
+      tx: any gradient transformation; of those of others, too, fields called mu and nu are counted as moments.
+      params: the parameters, or their shapes (`jax.ShapeDtypeStruct`, or what `jax.eval_shape` returns).
+
+    Raises:
+      TypeError: if `tx` has no `init`.
+    """
+    if not callable(getattr(tx, "init", None)):
+        raise TypeError(f"state_bytes: found {tx!r}; expected a gradient transformation, and the parameters after it.")
+    state = jax.eval_shape(tx.init, params)
+    sizes = dict.fromkeys(("mu", "nu", "rounding", "other"), 0)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        sizes[_part(path)] += _bytes(leaf)
+    leaves = jax.tree.leaves(params)
+    elements = sum(math.prod(np.shape(leaf)) for leaf in leaves)
+    return StateBytes(elements, sum(map(_bytes, leaves)), **sizes, wide=tuple(_wide(tx, state)))
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(np.shape(leaf)) * int(np.dtype(dtype_of(leaf)).itemsize)
+
+
+def _part(path: tuple[Any, ...]) -> str:
+    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    if fields and fields[-1] == "scales":
+        fields.append(getattr(path[-1], "key", ""))
+    return next((PARTS[field] for field in fields if field in PARTS), "other")
+
+
+def _wide(tx: Any, state: Any) -> Iterator[Wide]:
+    """The wide leaves in the state of stages that were told how moments rest, wherever in a chain they stand."""
+    if not isinstance(tx, Transformation):
+        return
+    if tx.init.spec.stages:
+        for part, its in zip(tx.stages, state, strict=True):
+            yield from _wide(part, its)
+        return
+    said = tx.init.spec.arguments.arguments
+    if "storage" not in said:
+        return
+    forms = dict(zip(("mu", "nu"), storage.forms(said["storage"], said.get("mu_dtype"), said.get("nu_dtype")), strict=True))
+    for field in state._fields:
+        if PARTS.get(field) not in forms:
+            continue
+        rest = storage.Rest(field, forms[PARTS[field]])
+        for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, field))[0]:
+            if takes_part(leaf) and finfo(leaf.dtype).bits >= 32:
+                why = rest.why_wide(leaf.shape, leaf.dtype) or "as computed"
+                yield Wide(field, jax.tree_util.keystr(path), math.prod(leaf.shape), why)
