@@ -109,7 +109,8 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
 
 
 def _bytes(leaf: Any) -> int:
-    return math.prod(np.shape(leaf)) * int(np.dtype(dtype_of(leaf)).itemsize)
+    size: int = np.dtype(dtype_of(leaf)).itemsize
+    return size * math.prod(np.shape(leaf))
 
 
 def _part(path: tuple[Any, ...]) -> str:

@@ -237,8 +237,7 @@ def track_moments(
         zero, one = jnp.zeros((), scalars), jnp.ones((), scalars)
         mu_decay, mu_rate = (zero, one) if b1 is None else (used["b1"], complement(values["b1"], scalars))
         nu_decay, nu_rate = (zero, one) if b2 is None else (used["b2"], complement(values["b2"], scalars))
-        if mu_rule == "sum":
-            mu_rate = one
+        mu_rate = one if mu_rule == "sum" else mu_rate
         if nu_delay:
             first = state.count == 0
             nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
