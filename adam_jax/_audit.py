@@ -109,8 +109,8 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
 
 
 def _bytes(leaf: Any) -> int:
-    size: int = np.dtype(dtype_of(leaf)).itemsize
-    return size * math.prod(np.shape(leaf))
+    size: int = np.dtype(dtype_of(leaf)).itemsize * math.prod(np.shape(leaf))
+    return size
 
 
 def _part(path: tuple[Any, ...]) -> str:
