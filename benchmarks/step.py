@@ -4,6 +4,8 @@ One jitted update + apply with donated parameters and state, ours and Optax's, n
 its own. Machines are noisy, so contenders take turns call by call in every order, arrays are made afresh several times,
 and each call is compared with the one of Optax beside it. Optax takes part twice: the ratio of it to itself is what this
 machine, at this hour, cannot tell from 1.
+
+Then the storages of the moments, ours against ours, and against a copy of the parameters: what memory alone would take.
 """
 
 from __future__ import annotations
@@ -29,14 +31,51 @@ from benchmarks._trees import GRADIENT, TREES, WARM_UP
 
 LEARNING_RATE = 1e-3
 OURS, OPTAX, AGAIN, TORCH = "ours", "Optax", "Optax again", "PyTorch"
-OPTIMIZERS = {OURS: adam_jax.adam(LEARNING_RATE), OPTAX: optax.adam(LEARNING_RATE), AGAIN: optax.adam(LEARNING_RATE)}
-ORDERS = list(permutations(OPTIMIZERS))
+FLOAT32, COPY = "f32", "copy"
 ROUNDS = 5
 """How often arrays are made afresh: where they happen to lie in memory changes the time by more than noise does."""
 
 STEP_BOUND, COMPILE_BOUND = 1.02, 1.0
 
 Times: TypeAlias = dict[str, list[float]]
+
+
+class Contender(NamedTuple):
+    """What takes part.
+
+    Attributes:
+      optimizer: a transformation.
+      dtype: that of parameters and gradients.
+    """
+
+    optimizer: Any
+    dtype: str = "float32"
+
+
+Contenders: TypeAlias = dict[str, Contender]
+
+OPTIMIZERS: Contenders = {
+    OURS: Contender(adam_jax.adam(LEARNING_RATE)),
+    OPTAX: Contender(optax.adam(LEARNING_RATE)),
+    AGAIN: Contender(optax.adam(LEARNING_RATE)),
+}
+
+
+def _stored(storage: Any, *links: Any) -> Any:
+    return adam_jax.chain(adam_jax.adam(LEARNING_RATE, storage=storage), *links)
+
+
+STORAGES: Contenders = {
+    FLOAT32: Contender(_stored("float32")),
+    "bf16 moments": Contender(_stored("bfloat16")),
+    "8-bit moments": Contender(_stored("8bit")),
+    "8-bit moments, bf16 parameters rounded stochastically": Contender(
+        _stored("8bit", adam_jax.round_stochastically()), "bfloat16"
+    ),
+    "bf16 parameters, compensated": Contender(_stored("float32", adam_jax.compensate()), "bfloat16"),
+    COPY: Contender(optax.scale(1.0)),
+}
+"""The copy reads parameters and gradients and writes their sum: 12 bytes a parameter, and no arithmetic to speak of."""
 
 
 class Compiled(NamedTuple):
@@ -62,7 +101,7 @@ class Result(NamedTuple):
       tree: its name in `TREES`.
       steps: seconds of each call, by contender; no entry for PyTorch where it is not installed.
       compiles: seconds of each compilation.
-      compiled: one compiled step for each of `OPTIMIZERS`.
+      compiled: one compiled step for each contender.
     """
 
     tree: str
@@ -82,15 +121,15 @@ class Ratio(NamedTuple):
 # Measuring.
 
 
-def compile_step(optimizer: optax.GradientTransformation, tree: str) -> Compiled:
+def compile_step(contender: Contender, tree: str) -> Compiled:
     """Compiles a step with nothing in JAX's caches."""
 
     def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(gradients, state, params)
+        updates, state = contender.optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in TREES[tree]]
-    state = jax.eval_shape(optimizer.init, params)
+    params = [jax.ShapeDtypeStruct(shape, contender.dtype) for shape in TREES[tree]]
+    state = jax.eval_shape(contender.optimizer.init, params)
     jax.clear_caches()
     gc.collect()
     start = time.perf_counter()
@@ -101,13 +140,13 @@ def compile_step(optimizer: optax.GradientTransformation, tree: str) -> Compiled
     return Compiled(compiled, seconds, accessed and int(accessed), memory and int(memory.temp_size_in_bytes))
 
 
-def time_compiles(tree: str, repeats: int) -> tuple[Times, dict[str, Compiled]]:
-    """Seconds of `repeats` compilations of each optimizer's step, in turns, and the last compiled ones."""
-    seconds: Times = {name: [] for name in OPTIMIZERS}
+def time_compiles(contenders: Contenders, tree: str, repeats: int) -> tuple[Times, dict[str, Compiled]]:
+    """Seconds of `repeats` compilations of each contender's step, in turns, and the last compiled ones."""
+    seconds: Times = {name: [] for name in contenders}
     compiled = {}
     for repeat in range(repeats):
-        for name in _order(repeat):
-            compiled[name] = compile_step(OPTIMIZERS[name], tree)
+        for name in _order(contenders, repeat):
+            compiled[name] = compile_step(contenders[name], tree)
             seconds[name].append(compiled[name].seconds)
     return seconds, compiled
 
@@ -115,10 +154,11 @@ def time_compiles(tree: str, repeats: int) -> tuple[Times, dict[str, Compiled]]:
 class _Run:
     """A compiled step and the arrays that it moves."""
 
-    def __init__(self, name: str, compiled: Compiled, gradients: Any) -> None:
-        self._call, self._gradients = compiled.call, gradients
-        self._params = jax.tree.map(jnp.zeros_like, gradients)
-        self._state = OPTIMIZERS[name].init(self._params)
+    def __init__(self, contender: Contender, compiled: Compiled, tree: str) -> None:
+        self._call = compiled.call
+        self._gradients = [jnp.full(shape, GRADIENT, contender.dtype) for shape in TREES[tree]]
+        self._params = jax.tree.map(jnp.zeros_like, self._gradients)
+        self._state = contender.optimizer.init(self._params)
 
     def seconds(self) -> float:
         start = time.perf_counter()
@@ -127,25 +167,24 @@ class _Run:
         return time.perf_counter() - start
 
 
-def time_steps(tree: str, compiled: dict[str, Compiled], calls: int, turn: int = 0) -> Times:
-    """Seconds of `calls` steps of each optimizer, in turns, on fresh arrays; `turn` says whose are made first."""
-    gradients = [jnp.full(shape, GRADIENT) for shape in TREES[tree]]
-    runs = {name: _Run(name, compiled[name], gradients) for name in _order(turn)}
-    seconds: Times = {name: [] for name in OPTIMIZERS}
+def time_steps(contenders: Contenders, tree: str, compiled: dict[str, Compiled], calls: int, turn: int = 0) -> Times:
+    """Seconds of `calls` steps of each contender, in turns, on fresh arrays; `turn` says whose are made first."""
+    runs = {name: _Run(contenders[name], compiled[name], tree) for name in _order(contenders, turn)}
+    seconds: Times = {name: [] for name in contenders}
     for call in range(-WARM_UP, calls):
-        for name in _order(call):
+        for name in _order(contenders, call):
             took = runs[name].seconds()
             if call >= 0:
                 seconds[name].append(took)
     return seconds
 
 
-def measure(tree: str, calls: int, compiles: int, torch: TorchProcess | None) -> Result:
+def measure(contenders: Contenders, tree: str, calls: int, compiles: int, torch: TorchProcess | None = None) -> Result:
     """Everything about one tree."""
-    compile_seconds, compiled = time_compiles(tree, compiles)
-    steps: Times = {name: [] for name in (*OPTIMIZERS, *([TORCH] if torch else []))}
+    compile_seconds, compiled = time_compiles(contenders, tree, compiles)
+    steps: Times = {name: [] for name in (*contenders, *([TORCH] if torch else []))}
     for turn, part in enumerate(np.array_split(np.arange(calls), min(ROUNDS, calls))):
-        found = time_steps(tree, compiled, len(part), turn)
+        found = time_steps(contenders, tree, compiled, len(part), turn)
         if torch:
             found[TORCH] = torch.time_steps(tree, len(part))
         for name, seconds in found.items():
@@ -153,13 +192,16 @@ def measure(tree: str, calls: int, compiles: int, torch: TorchProcess | None) ->
     return Result(tree, steps, compile_seconds, compiled)
 
 
-def ratio(times: Times, name: str) -> Ratio:
-    """How many times as long as Optax, call by call."""
-    return Ratio(*np.quantile(np.divide(times[name], times[OPTAX]), (0.25, 0.5, 0.75)))
+def ratio(times: Times, name: str, to: str = OPTAX) -> Ratio:
+    """How many times as long as another, call by call."""
+    return Ratio(*np.quantile(np.divide(times[name], times[to]), (0.25, 0.5, 0.75)))
 
 
-def _order(turn: int) -> tuple[str, ...]:
-    return ORDERS[turn % len(ORDERS)]
+def _order(contenders: Contenders, turn: int) -> tuple[str, ...]:
+    orders = (
+        list(permutations(contenders)) if len(contenders) <= 3 else [np.roll(list(contenders), k) for k in range(len(contenders))]
+    )
+    return tuple(orders[turn % len(orders)])
 
 
 # The tables.
@@ -226,6 +268,29 @@ def _bound_rows(result: Result) -> Iterator[tuple[str, ...]]:
         yield result.tree, "bytes accessed", f"{mine / theirs:.7f} ({mine - theirs:+,} bytes)", "≤ 1", _yes(mine <= theirs), "1"
 
 
+def storage_table(results: Iterable[Result]) -> Table:
+    """What each storage takes, and how much memory it moves in that time."""
+    return Table(
+        "Adam by storage: the same step, ours",
+        ("tree", "", "step", "× f32 (quartiles)", "bytes a parameter at rest", "moved in a step", "GB/s"),
+        [_storage_row(result, name) for result in results for name in STORAGES],
+        "Moved: parameters and state read and written once, gradients read once. More is moved where XLA makes several loops.",
+    )
+
+
+def _storage_row(result: Result, name: str) -> tuple[str, ...]:
+    contender = STORAGES[name]
+    params = [jax.ShapeDtypeStruct(shape, contender.dtype) for shape in TREES[result.tree]]
+    sizes = adam_jax.state_bytes(contender.optimizer, params)
+    moved = (2 * sizes.total + sizes.parameters) / sizes.elements
+    seconds = float(np.median(result.steps[name]))
+    low, median, high = ratio(result.steps, name, FLOAT32)
+    times = "1" if name == FLOAT32 else f"{median:.2f} ({low:.2f}–{high:.2f})"
+    speed = moved * sizes.elements / seconds / 1e9
+    rests = f"{sizes.total / sizes.elements:.2f}"
+    return result.tree, name, f"{seconds * 1e3:.2f} ms", times, rests, f"{moved:.2f}", f"{speed:.1f}"
+
+
 def _yes(kept: bool) -> str:
     return "yes" if kept else "no"
 
@@ -234,6 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES), help="default: all")
+    parser.add_argument(
+        "--storage-trees", nargs="*", choices=TREES, default=["4096x4096"], help="for the storages; default: 4096x4096"
+    )
     parser.add_argument("--repeats", type=int, help="timed calls of each step; default: 100")
     parser.add_argument("--compiles", type=int, help="timed compilations of each step; default: 9")
     parser.add_argument("--quick", action="store_true", help="10 calls and 2 compilations: to see that it runs")
@@ -243,13 +311,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiles = options.compiles or (2 if options.quick else 9)
 
     jax.config.update("jax_enable_compilation_cache", False)
-    for optimizer in OPTIMIZERS.values():
-        compile_step(optimizer, "4096x4096")  # the first in a process pays for what is loaded once
+    for contender in OPTIMIZERS.values():
+        compile_step(contender, "4096x4096")  # the first in a process pays for what is loaded once
     with ExitStack() as stack:
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         torch = stack.enter_context(TorchProcess(device)) if installed("torch") else None
-        results = [measure(tree, calls, compiles, torch) for tree in options.trees]
-        show([cost_table(results, torch.device if torch else ""), bound_table(results)], options.output)
+        results = [measure(OPTIMIZERS, tree, calls, compiles, torch) for tree in options.trees]
+    stored = [measure(STORAGES, tree, calls, compiles=1) for tree in options.storage_trees]
+    tables = [cost_table(results, torch.device if torch else ""), bound_table(results), storage_table(stored)]
+    show(tables, options.output)
 
 
 if __name__ == "__main__":
