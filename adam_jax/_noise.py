@@ -11,9 +11,9 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 def noise(seed: int, leaf: int, count: Array, shape: tuple[int, ...]) -> Array:
     """32 random bits for each element of an array.
 
-    A counter-based generator such as `jax.random.bits` would do, at three times the arithmetic, and it would be the larger part
-    of the step. The bits depend on the position in the whole array, which under `jax.jit` does not change with the sharding.
-    Inside `jax.shard_map` and `jax.vmap` the whole array is the part that the function sees.
+    `jax.random.bits` would do, with a key to thread and several times the arithmetic. The bits depend on the position in the
+    whole array, which under `jax.jit` does not change with the sharding. Inside `jax.shard_map` and `jax.vmap` the whole array
+    is the part that the function sees.
 
     Args:
       seed: any integer.

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from adam_jax._codec import HALF, small_float, to_float
 from adam_jax._hyperparams import increment
 from adam_jax._noise import noise
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import PyTree, as_wide, expect_params, lift, narrower_than_float32
-from adam_jax.storage import HALF, small_float, to_float
 
 
 class RoundStochasticallyState(NamedTuple):

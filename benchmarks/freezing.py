@@ -14,7 +14,8 @@ import optax
 from jax import lax
 
 import adam_jax
-from adam_jax.storage import Codec, Codes, Float
+from adam_jax._codec import Codec
+from adam_jax.storage import Codes, Float
 from benchmarks._table import Table, show
 
 B2 = 0.999

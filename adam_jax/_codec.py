@@ -1,0 +1,173 @@
+"""Numbers in fewer bits: rounding to a narrower float, and codes that count in ratios.
+
+Every operation is exact, but for one addition and the rounding that is meant, so every backend makes the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from adam_jax._tree import finfo
+
+HALF = np.uint32(2**31)
+"""The random bits that round to nearest, halves up."""
+
+_ONE = np.int32(0x3F800000)
+"""The bits of 1.0: what the bits of a number exceed them by is its logarithm, straight between powers of two."""
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, np.int32)
+
+
+def _float(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, np.float32)
+
+
+def _threshold(random: Any, dropped: int) -> Any:
+    """As many random bits as are dropped: added to the others, they carry into them as often as is unbiased."""
+    return (random >> np.uint32(32 - dropped)).astype(np.int32)
+
+
+def to_float(x: Array, dtype: Any, random: Any) -> Array:
+    """Rounds to a floating dtype, saturating; unbiased in all of its range, subnormal numbers too.
+
+    Args:
+      x: real.
+      dtype: the dtype.
+      random: 32 random bits for each element, or `HALF`.
+
+    Returns:
+      `x` in that dtype; NaN stays NaN.
+    """
+    info = finfo(dtype)
+    largest = np.asarray(info.max, x.dtype)
+    x = lax.clamp(-largest, x, largest)
+    dropped = 23 - info.nmant
+    if dropped <= 0:
+        return x.astype(dtype)
+    x = x.astype(np.float32)
+    kept = np.int32(-(2**dropped))
+    if info.minexp == finfo(np.float32).minexp:
+        rounded = _float(_bits(x) + _threshold(random, dropped) & kept)
+    else:
+        tiny = np.float32(info.tiny)
+        rounded = _from_log(_float(_bits(_to_log(lax.abs(x) / tiny)) + _threshold(random, dropped) & kept)) * tiny
+        rounded = lax.min(jnp.where(x < 0, -rounded, rounded), largest.astype(np.float32))
+    return jnp.where(jnp.isnan(x), x, rounded).astype(dtype)
+
+
+def small_float(k: Array) -> Array:
+    """An integer in [0, 2²³) as a float, whose lowest bits it becomes: on its way to be stored as an integer of fewer bits.
+
+    A conversion would do, but the TPU's compiler makes two passes over memory of a step that stores what was a float's bits.
+    """
+    return _float(k | np.int32(0x4B000000)) - np.float32(2**23)
+
+
+def _to_log(y: Array) -> Array:
+    """From y ≥ 0 to t ≥ 1 whose bits step evenly: y + 1 below 1, where a small float has its subnormal numbers, 2y above."""
+    return lax.max(y + np.float32(1), y * np.float32(2))
+
+
+def _from_log(t: Array) -> Array:
+    return lax.min(t - np.float32(1), t * np.float32(0.5))
+
+
+UNKNOWN = np.int16(-(2**15))
+"""The exponent of a unit that is not known yet."""
+
+_WIDEST = -86
+"""The exponent that stands in for it: 128 octaves from 2⁻⁸⁶, where ν of gradients of 4e-12 lies, to 2⁴¹."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Codes of one kind. See `adam_jax.storage.Codes` for what they can hold.
+
+    With y = |x|/unit and t = max(y + 1, 2y), b = bits(t) − bits(1) is a logarithm of y that is a straight line between powers of
+    two. It is the code with more digits: the last 20 are rounded off, after what lies above the fine octaves was divided by 8.
+
+    Attributes:
+      bits: 8 or 16.
+      signed: whether a bit is a sign.
+    """
+
+    bits: int
+    signed: bool
+
+    @property
+    def dtype(self) -> Any:
+        """That of the codes."""
+        return np.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
+
+    @property
+    def fraction(self) -> int:
+        """How many bits divide an octave."""
+        return self.bits - 5
+
+    @property
+    def fine(self) -> int:
+        """The number of fine octaves: half of them below in √ν, whose range then is that of μ."""
+        return 14 if self.signed else 28
+
+    def _layout(self, unit: Any) -> tuple[Array, Array]:
+        """The exponent of the unit, and the code at which whole octaves begin."""
+        known = unit != UNKNOWN
+        return (
+            jnp.where(known, unit, np.int16(_WIDEST)).astype(np.int32),
+            jnp.where(known, np.int32(self.fine << self.fraction), np.int32(0)),
+        )
+
+    def _even(self, size: Array, coarse: Array) -> Array:
+        """Codes as they would be, were the coarse octaves as fine as the others."""
+        return lax.max(size, (size - coarse << np.int32(self.fraction)) + coarse)
+
+    def widen(self, code: Array, unit: Any) -> Array:
+        """What codes stand for, in float32."""
+        exponent, coarse = self._layout(unit)
+        k = code.astype(np.int32)
+        even = self._even(lax.abs(k), jnp.broadcast_to(coarse, k.shape))
+        size = _from_log(_float((even << np.int32(23 - self.fraction)) + _ONE)) * _float(exponent + 127 << 23)
+        return jnp.where(k < 0, -size, size) if self.signed else size
+
+    def narrow(self, x: Array, unit: Any, random: Any) -> Array:
+        """Codes of float32 numbers, rounded by random bits or `HALF`."""
+        exponent, coarse = self._layout(unit)
+        dropped = 23 - self.fraction
+        # The sign of the factor says that no octave is fine: a second scalar would be one operand too many for a TPU's pass.
+        sign = jnp.where(coarse == 0, np.int32(-(2**31)), np.int32(0))
+        y = lax.abs(x) * _float((127 - exponent << 23) | sign)
+        start = (self.fine << 23) - (self.fine << dropped)
+        b = _bits(_to_log(lax.abs(y))) - _ONE
+        b = lax.min(b, (b >> np.int32(self.fraction)) + (~(_bits(y) >> np.int32(31)) & np.int32(start)))
+        k = b + _threshold(random, dropped) >> np.int32(dropped)
+        k = lax.min(k, jnp.full_like(k, np.iinfo(self.dtype).max))
+        k = jnp.where(jnp.isnan(x), 0, k) if self.signed else jnp.where(x > 0, lax.max(k, jnp.ones_like(k)), 0)
+        size = small_float(k)
+        return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
+
+    def next_exponent(self, code: Array, unit: Any) -> Array:
+        """The exponent of the unit in which the next step encodes, int16.
+
+        From the codes and not from the moments: a CPU would compute those once more.
+        """
+        exponent, coarse = self._layout(unit)
+        largest = jnp.max(lax.abs(code.astype(np.float32)), initial=0).astype(np.int32)
+        octave = exponent + (self._even(largest, coarse) >> self.fraction)
+        return jnp.where(largest == 0, UNKNOWN, self._clear(octave)).astype(np.int16)
+
+    def _clear(self, octave: Any) -> Any:
+        """The unit's exponent with which code octave `octave` is the last but one of the fine ones, and no factor overflows."""
+        return jnp.clip(octave - (self.fine - 2), -126, 126)
+
+    def first_exponent(self, value: float) -> Any:
+        """The exponent for codes of a number that is known beforehand."""
+        if value == 0:
+            return UNKNOWN
+        return np.int16(np.clip(int(np.frexp(np.float32(value))[1]) - (self.fine - 2), -126, 126))
