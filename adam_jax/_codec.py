@@ -65,7 +65,7 @@ def to_float(x: Array, dtype: Any, random: Any) -> Array:
 def small_float(k: Array) -> Array:
     """An integer in [0, 2²³) as a float, whose lowest bits it becomes: on its way to be stored as an integer of fewer bits.
 
-    A conversion would do, but the TPU's compiler makes two passes over memory of a step that stores what was a float's bits.
+    A conversion would do, but the TPU's compiler can make two passes over memory of a step that stores what was a float's bits.
     """
     return _float(k | np.int32(0x4B000000)) - np.float32(2**23)
 
@@ -160,7 +160,7 @@ class Codec:
         exponent, coarse = self._layout(unit)
         largest = jnp.max(lax.abs(code.astype(np.float32)), initial=0).astype(np.int32)
         octave = exponent + (self._even(largest, coarse) >> self.fraction)
-        return jnp.where(largest == 0, UNKNOWN, self._clear(octave)).astype(np.int16)
+        return jnp.where(largest == 0, np.int32(UNKNOWN), self._clear(octave)).astype(np.int16)
 
     def _clear(self, octave: Any) -> Any:
         """The unit's exponent with which code octave `octave` is the last but one of the fine ones, and no factor overflows."""

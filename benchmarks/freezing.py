@@ -20,6 +20,7 @@ from benchmarks._table import Table, show
 
 B2 = 0.999
 ELEMENTS = 4096
+NOISY = 4000
 STEPS = (1, 10, 100, 1000, 10_000, 20_000)
 NEAREST, STOCHASTIC, EIGHT = "bf16, nearest", "bf16, stochastic", "8-bit, stochastic"
 OPTAX = "Optax, bf16 parameters"
@@ -71,21 +72,56 @@ def curves(gradient: Callable[[Any], Any]) -> dict[str, np.ndarray]:
     found = {"exact": exact(gradient), OPTAX: tracked(theirs, jnp.bfloat16, gradient, lambda state: state.nu.astype(jnp.float32))}
     for label, form in FORMS.items():
         tx = adam_jax.track_moments(None, B2, storage=form)  # type: ignore[arg-type]
-        found[label] = tracked(tx, jnp.float32, gradient, read_nu)
+        found[label] = tracked(tx, jnp.float32, gradient, lambda state: read(state, "nu"))
     return found
 
 
-def read_nu(state: Any) -> Any:
-    """ν of a state of one leaf, in float32, whatever it rests as."""
-    if "nu" not in state.scales:
-        return state.nu.astype(jnp.float32)
-    return Codec(8, signed=False).widen(state.nu, state.scales["nu"][0, 0])
+def read(state: Any, moment: str) -> Any:
+    """A moment of a state of one leaf, in float32, whatever it rests as."""
+    resting = getattr(state, moment)
+    if moment not in state.scales:
+        return resting.astype(jnp.float32)
+    return Codec(8, signed=moment == "mu").widen(resting, state.scales[moment][0, 0])
 
 
 def table(title: str, found: dict[str, np.ndarray]) -> Table:
     """A row for each way to rest."""
     rows = [(label, *(f"{nu[step - 1]:.4g}" for step in STEPS)) for label, nu in found.items()]
     return Table(title, ("", *(f"step {step:,}" for step in STEPS)), rows, f"Means over {ELEMENTS:,} elements, β₂ = {B2}.")
+
+
+def noisy(storage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """μ and ν at rest, and the update, of the last steps under normally distributed gradients: (steps, elements)."""
+    track = adam_jax.track_moments(b2=B2, storage=storage)  # type: ignore[arg-type]
+    tx = adam_jax.chain(track, adam_jax.correct_bias(), adam_jax.scale_by_moments())
+
+    def step(state: Any, key: Any) -> tuple[Any, Any]:
+        update, state = tx.update(jax.random.normal(key, (ELEMENTS,)), state)
+        return state, (read(state[0], "mu"), read(state[0], "nu"), update)
+
+    keys = jax.random.split(jax.random.key(0), NOISY)
+    found = jax.jit(lambda: lax.scan(step, tx.init(jnp.zeros(ELEMENTS)), keys)[1])()
+    mu, nu, update = (np.asarray(part[-500:], np.float64) for part in found)
+    return mu, nu, update
+
+
+def noise_table() -> Table:
+    """What rounding leaves in the moments, and what that does to the steps."""
+
+    def size(x: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(x**2)))
+
+    mu, nu, update = noisy("float32")
+    rows = []
+    for storage in ("bfloat16", "8bit"):
+        its_mu, its_nu, its_update = noisy(storage)
+        errors = (f"{size(its_mu - mu) / size(mu):.1%}", f"{size(its_nu - nu) / np.mean(nu):.1%}")
+        rows.append(
+            (storage, *errors, f"{np.mean(its_nu) / np.mean(nu) - 1:+.1%}", f"{size(its_update) / size(update) - 1:+.1%}")
+        )
+    heads = ("storage", "error of μ, rms", "error of ν, rms", "error of ν, mean", "length of updates")
+    note = f"The last 500 of {NOISY:,} steps of {ELEMENTS:,} elements, β₁ = 0.9, β₂ = {B2}."
+    return Table("Under normally distributed gradients, relative to float32", heads, rows, note)
 
 
 def spacings(codec: Codec, largest: float) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = [
         table("ν under a constant gradient of 1", found),
         table("ν after a gradient of 100 among ones of 0.01", curves(spike)),
+        noise_table(),
     ]
     show(tables, options.output)
     if options.figure:
