@@ -116,7 +116,7 @@ def _bytes(leaf: Any) -> int:
 def _part(path: tuple[Any, ...]) -> str:
     fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     if fields and fields[-1] == "scales":
-        fields.append(getattr(path[-1], "key", ""))
+        fields.append(str(getattr(path[-1], "key", "")).removesuffix("_scale"))
     return next((PARTS[field] for field in fields if field in PARTS), "other")
 
 

@@ -82,8 +82,11 @@ def _from_log(t: Array) -> Array:
 UNKNOWN = np.int16(-(2**15))
 """The exponent of a unit that is not known yet."""
 
-_WIDEST = -86
-"""The exponent that stands in for it: 128 octaves from 2⁻⁸⁶, where ν of gradients of 4e-12 lies, to 2⁴¹."""
+_COARSER = 3
+"""Coarse octaves have an eighth of the codes of fine ones."""
+
+_OCTAVES = 127
+"""How many of them a float32 has above 1: no code may stand for more, or it would stand for infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Codec:
     """Codes of one kind. See `adam_jax.storage.Codes` for what they can hold.
 
     With y = |x|/unit and t = max(y + 1, 2y), b = bits(t) − bits(1) is a logarithm of y that is a straight line between powers of
-    two. It is the code with more digits: the last 20 are rounded off, after what lies above the fine octaves was divided by 8.
+    two. It is the code with more digits: all but `fraction` of an octave's are rounded off, after what lies above the fine
+    octaves was divided by 8.
 
     Attributes:
       bits: 8 or 16.
@@ -116,17 +120,25 @@ class Codec:
         """The number of fine octaves: half of them below in √ν, whose range then is that of μ."""
         return 14 if self.signed else 28
 
+    @property
+    def widest(self) -> int:
+        """The exponent that stands in for an unknown one. √ν reaches no less far than μ, or steps would be too long.
+
+        μ lies between 2⁻¹⁰⁷ and 2¹⁹ and ν between 2⁻⁸⁶ and 2⁴⁰: of gradients from 4e-12 to 5e6, at the usual decays.
+        """
+        return -107 if self.signed else -86
+
     def _layout(self, unit: Any) -> tuple[Array, Array]:
-        """The exponent of the unit, and the code at which whole octaves begin."""
+        """The exponent of the unit, and the code at which coarse octaves begin."""
         known = unit != UNKNOWN
         return (
-            jnp.where(known, unit, np.int16(_WIDEST)).astype(np.int32),
+            jnp.where(known, unit, np.int16(self.widest)).astype(np.int32),
             jnp.where(known, np.int32(self.fine << self.fraction), np.int32(0)),
         )
 
     def _even(self, size: Array, coarse: Array) -> Array:
         """Codes as they would be, were the coarse octaves as fine as the others."""
-        return lax.max(size, (size - coarse << np.int32(self.fraction)) + coarse)
+        return lax.max(size, (size - coarse << np.int32(_COARSER)) + coarse)
 
     def widen(self, code: Array, unit: Any) -> Array:
         """What codes stand for, in float32."""
@@ -143,9 +155,10 @@ class Codec:
         # The sign of the factor says that no octave is fine: a second scalar would be one operand too many for a TPU's pass.
         sign = jnp.where(coarse == 0, np.int32(-(2**31)), np.int32(0))
         y = lax.abs(x) * _float((127 - exponent << 23) | sign)
-        start = (self.fine << 23) - (self.fine << dropped)
+        start = (self.fine << 23) - (self.fine << 23 - _COARSER)
         b = _bits(_to_log(lax.abs(y))) - _ONE
-        b = lax.min(b, (b >> np.int32(self.fraction)) + (~(_bits(y) >> np.int32(31)) & np.int32(start)))
+        b = lax.min(b, jnp.full_like(b, _OCTAVES << 23))
+        b = lax.min(b, (b >> np.int32(_COARSER)) + (~(_bits(y) >> np.int32(31)) & np.int32(start)))
         k = b + _threshold(random, dropped) >> np.int32(dropped)
         k = lax.min(k, jnp.full_like(k, np.iinfo(self.dtype).max))
         k = jnp.where(jnp.isnan(x), 0, k) if self.signed else jnp.where(x > 0, lax.max(k, jnp.ones_like(k)), 0)

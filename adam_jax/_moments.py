@@ -124,8 +124,8 @@ class TrackMomentsState(NamedTuple):
       nu: second moments at rest.
       weights: the weights of `mu` and of `nu`, each as the sum of two floats: shape (2 floats, 2 moments).
       hyperparams: the values that the last step used.
-      scales: for a moment that rests as codes, by name, the exponents of the units of each such leaf: int16, (leaves, 2), of the
-        codes and for those of the next step.
+      scales: "mu_scale" and "nu_scale", where these rest as codes: the exponents of the units of each such leaf, of its codes and
+        for those of the next step: int16, (leaves, 2).
     """
 
     count: Array  # type: ignore[assignment]  # tuple.count is never called

@@ -26,11 +26,12 @@ def noise(seed: int, leaf: int, count: Array, shape: tuple[int, ...]) -> Array:
 
     Source: the mixing function, two multiplications and three shifts, is lowbias32 of C. Wellons' hash prospector.
     """
-    salt = np.uint32(_mixed(_mixed(seed & 0xFFFFFFFF) + leaf & 0xFFFFFFFF))
+    salt = np.uint32(_mixed(_mixed(int(seed) & 0xFFFFFFFF) + leaf & 0xFFFFFFFF))
     key = _mix(lax.bitcast_convert_type(count, np.uint32) + salt)
     # First the row, with the key, which makes one operand of two: a TPU's pass over memory has 16 at most.
-    rows = _mix(_index(shape, range(len(shape) - 1)) + key)
-    return _mix(rows ^ _index(shape, range(len(shape) - 1, len(shape))))
+    axes = range(len(shape))
+    rows = _mix(_index(shape, axes[:-1]) + key)
+    return _mix(rows ^ _index(shape, axes[-1:]))
 
 
 def rotate(bits: Array, by: int) -> Array:

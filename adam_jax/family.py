@@ -24,6 +24,7 @@ from adam_jax._moments import Blocks, Storage, track_moments
 from adam_jax._refine import center, keep_maximum, mix_slow_mean
 from adam_jax._scale import clip_elements, scale_by_atan2, scale_by_moments, scale_by_trust_ratio, take_mu
 from adam_jax._transformation import Transformation, recipe
+from adam_jax.storage import forms
 
 __all__ = [
     "adam",
@@ -364,7 +365,7 @@ def rmsprop(
     Raises:
       ValueError: for `centered` with a narrow storage. The variance is a difference, and can be smaller than the noise of either.
     """
-    if centered and storage != "float32":
+    if centered and forms(storage) != forms("float32"):
         raise ValueError(
             f"rmsprop: found centered=True with storage={storage!r}; expected storage='float32': nu − mu² is a difference of two "
             f"averages that often agree in more digits than narrow ones have."

@@ -63,7 +63,7 @@ class Codes:
     A code is a small float: below 1 unit eight equal steps, then eight steps an octave, and where those end, for elements that
     suddenly outgrow the leaf, one step an octave. The unit of a step follows from the largest code of the step before, with an
     octave to spare, so that encoding needs no second look at the moments. Before there is a largest code, at the first step
-    or in a leaf that has been all zero, all codes are whole octaves, 128 of them.
+    or in a leaf that has been all zero, all codes are whole octaves, 127 of them.
 
     ========  =====  ===============  =====================  ==============  ====================
     moment    dtype  fine octaves     below the largest      coarse octaves  smallest but zero
@@ -76,7 +76,7 @@ class Codes:
     what is smaller than the smallest code is stored as it. NaN is stored as 0.
 
     Attributes:
-      bits: 8, or 16 with 2048 steps an octave in place of 8.
+      bits: 8, or 16 with 2048 steps an octave in place of 8, and 256 in place of 1.
       rounding: as in `Float`.
       seed: as in `Float`.
       smallest: as in `Float`.
@@ -92,7 +92,7 @@ class Codes:
     smallest: int = SMALLEST
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 16):
+        if type(self.bits) is not int or self.bits not in (8, 16):
             raise ValueError(f"storage.Codes: bits: found {self.bits!r}; expected 8 or 16.")
         _check(self)
 
@@ -115,8 +115,8 @@ def _floating(dtype: Any, name: str) -> Any:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"{name}: found {dtype!r}; expected a floating dtype such as jnp.bfloat16, or None for float32.")
-    if np.zeros((), found) != 0 or finfo(found).max < 1:
-        raise ValueError(f"{name}: found {dtype!r}, which has no zero; expected a floating dtype such as jnp.bfloat16.")
+    if finfo(found).bits < 8 or np.zeros((), found) != 0:
+        raise ValueError(f"{name}: found {dtype!r}, of less than 8 bits or without a zero; expected one such as jnp.bfloat16.")
     return found
 
 
@@ -196,21 +196,19 @@ class Rest:
         if isinstance(self.form, Float):
             return {}
         coded = sum(map(_is_code, jax.tree.leaves(tree)))
-        return {self.name: jnp.full((coded, 2), self._codec.first_exponent(self.start), jnp.int16)}
+        return {self._scale: jnp.full((coded, 2), self._codec.first_exponent(self.start), jnp.int16)}
 
     def widen(self, tree: PyTree, scales: Scales) -> PyTree:
         """A tree at rest in float32, or in what is wider."""
         rows = itertools.count()
 
         def leaf(resting: Array) -> Array:
-            if _is_code(resting):
-                if isinstance(self.form, Float) or self._codec.dtype != resting.dtype:
-                    raise ValueError(self._misfit(resting))
-                return self._codec.widen(resting, scales[self.name][next(rows), 0])
-            narrowed = self.form.dtype if isinstance(self.form, Float) else None
-            if resting.dtype != narrowed and (narrower_than_float32(resting) or not self.why_wide(resting.shape, resting.dtype)):
-                raise ValueError(self._misfit(resting))
-            return as_wide(resting)
+            if not self._keeps(resting):
+                raise ValueError(
+                    f"the state's {self.name} of shape {resting.shape} rests as {resting.dtype}, which is not how {self.form} "
+                    f"keeps it. Pass the state that `init` of this very transformation made, or one that its `update` returned."
+                )
+            return self._codec.widen(resting, scales[self._scale][next(rows), 0]) if _is_code(resting) else as_wide(resting)
 
         return jax.tree.map(leaf, tree)
 
@@ -233,19 +231,25 @@ class Rest:
             random = HALF if nearest else rotate(noise(self.form.seed, index, count, x.shape), self.turn)
             if isinstance(self.form, Float):
                 return to_float(x, self.form.dtype, random)
-            unit = scales[self.name][len(rows), 1]
+            unit = scales[self._scale][len(rows), 1]
             code = self._codec.narrow(x.astype(jnp.float32), unit, random)
             rows.append(jnp.stack([unit, self._codec.next_exponent(code, unit)]))
             return code
 
         kept = like_params(leaf, tree)
-        return kept, {self.name: jnp.stack(rows)} if rows else self.first_scales(kept)
+        return kept, {self._scale: jnp.stack(rows)} if rows else self.first_scales(kept)
 
-    def _misfit(self, resting: Array) -> str:
-        return (
-            f"the state's {self.name} of shape {resting.shape} rests as {resting.dtype}, which is not how {self.form} keeps it. "
-            f"Pass the state that `init` of this very transformation made, or one that its `update` returned."
-        )
+    def _keeps(self, resting: Array) -> bool:
+        """Whether this is how a leaf of that shape rests."""
+        if not _is_code(resting) and not narrower_than_float32(resting):
+            return self.why_wide(resting.shape, resting.dtype) is not None
+        narrowed = self.form.dtype if isinstance(self.form, Float) else self._codec.dtype
+        return bool(resting.dtype == narrowed and resting.size >= self.form.smallest)
+
+    @property
+    def _scale(self) -> str:
+        """The key of its scales: another one than its name, by which `optax.tree.get` finds moments."""
+        return f"{self.name}_scale"
 
     @property
     def _codec(self) -> Codec:

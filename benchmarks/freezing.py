@@ -79,9 +79,9 @@ def curves(gradient: Callable[[Any], Any]) -> dict[str, np.ndarray]:
 def read(state: Any, moment: str) -> Any:
     """A moment of a state of one leaf, in float32, whatever it rests as."""
     resting = getattr(state, moment)
-    if moment not in state.scales:
+    if f"{moment}_scale" not in state.scales:
         return resting.astype(jnp.float32)
-    return Codec(8, signed=moment == "mu").widen(resting, state.scales[moment][0, 0])
+    return Codec(8, signed=moment == "mu").widen(resting, state.scales[f"{moment}_scale"][0, 0])
 
 
 def table(title: str, found: dict[str, np.ndarray]) -> Table:
