@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from adam_jax import storage
-from adam_jax._transformation import Transformation
+from adam_jax._transformation import Transformation, show
 from adam_jax._tree import PyTree, dtype_of, finfo, takes_part
 
 PARTS = {"mu": "mu", "mu_slow": "mu", "nu": "nu", "nu_max": "nu", "lost": "rounding"}
@@ -123,6 +123,8 @@ def _part(path: tuple[Any, ...]) -> str:
 def _wide(tx: Any, state: Any) -> Iterator[Wide]:
     """The wide leaves in the state of stages that were told how moments rest, wherever in a chain they stand."""
     if not isinstance(tx, Transformation):
+        for node in filter(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours)):
+            yield from _wide_fields(node, lambda field, leaf: f"as was asked for inside {show(tx)}, which hides why")
         return
     if tx.init.spec.stages:
         for part, its in zip(tx.stages, state, strict=True):
@@ -132,11 +134,20 @@ def _wide(tx: Any, state: Any) -> Iterator[Wide]:
     if "storage" not in said:
         return
     forms = dict(zip(("mu", "nu"), storage.forms(said["storage"], said.get("mu_dtype"), said.get("nu_dtype")), strict=True))
-    for field in state._fields:
-        if PARTS.get(field) not in forms:
-            continue
-        rest = storage.Rest(field, forms[PARTS[field]])
+
+    def why(field: str, leaf: Any) -> str | None:
+        return storage.Rest(field, forms[PARTS[field]]).why_wide(leaf.shape, leaf.dtype)
+
+    yield from _wide_fields(state, why)
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(getattr(node, "scales", None), dict)
+
+
+def _wide_fields(state: Any, why: Callable[[str, Any], str | None]) -> Iterator[Wide]:
+    for field in filter(PARTS.__contains__, state._fields):
         for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, field))[0]:
-            if takes_part(leaf) and finfo(leaf.dtype).bits >= 32:
-                why = rest.why_wide(leaf.shape, leaf.dtype) or "as computed"
-                yield Wide(field, jax.tree_util.keystr(path), math.prod(leaf.shape), why)
+            reason = why(field, leaf) if takes_part(leaf) and finfo(leaf.dtype).bits >= 32 else None
+            if reason:
+                yield Wide(field, jax.tree_util.keystr(path), math.prod(leaf.shape), reason)

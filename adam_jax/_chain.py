@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import optax
 
 from adam_jax._hyperparams import hyperparameters
@@ -23,7 +24,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     Raises:
       TypeError: at once, if a part is no gradient transformation.
       ValueError: at once, if the parts are in an order that cannot work, naming both neighbours and their positions. In
-        `update`, if the state has another number of parts.
+        `update`, if the state has another number of parts; in `init`, if a transformation of others holds a link that rounds.
     """
     if not stages:
         raise ValueError("chain: found no stages; expected at least one, for example chain(scale_by_learning_rate(0.1)).")
@@ -43,7 +44,15 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             behind = any(isinstance(part, Transformation) for part in parts[:i])
             return all_wide(params) if behind and not _rounds(parts[i]) else params
 
-        return tuple(part.init(fit(i)) for i, part in enumerate(parts))
+        states = tuple(part.init(fit(i)) for i, part in enumerate(parts))
+        for position, (part, state) in enumerate(zip(parts, states, strict=True)):
+            if not isinstance(part, Transformation) and any(map(_rounded, jax.tree.leaves(state, is_leaf=_rounded))):
+                raise ValueError(
+                    f"chain: {show(part)} at position {position} holds a link that rounds parameters, which this chain cannot "
+                    f"see and would round again. Put the link itself at the end of the chain (it leaves float32 parameters "
+                    f"alone), or use optax.chain in place of this one."
+                )
+        return states
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, tuple[Any, ...]]:
         if not isinstance(state, (tuple, list)) or len(state) != len(parts):
@@ -140,6 +149,11 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
     reads = all(isinstance(part, Transformation) and part.flow.end == "reads" for part in parts)
     end: Any = "rounds" if rounds else "reads" if reads else None
     return Flow(first or "any", flows or "same", rate, "corrects" if corrected else None, end)
+
+
+def _rounded(node: Any) -> bool:
+    """Whether it is the state of a stage that rounds."""
+    return getattr(node, "rounds", False) is True
 
 
 def _rounds(part: Any) -> bool:

@@ -34,13 +34,16 @@ def _threshold(random: Any, dropped: int) -> Any:
     return (random >> np.uint32(32 - dropped)).astype(np.int32)
 
 
-def to_float(x: Array, dtype: Any, random: Any) -> Array:
+def to_float(x: Array, dtype: Any, random: Any, positive: bool = False) -> Array:
     """Rounds to a floating dtype, saturating; unbiased in all of its range, subnormal numbers too.
+
+    What is below 2⁻¹⁴ of the smallest number is 0, and so is a subnormal bfloat16 on backends that flush those of float32.
 
     Args:
       x: real.
       dtype: the dtype.
       random: 32 random bits for each element, or `HALF`.
+      positive: whether what is above 0 has to stay so, in a dtype of a smaller range than float32's.
 
     Returns:
       `x` in that dtype; NaN stays NaN.
@@ -58,6 +61,8 @@ def to_float(x: Array, dtype: Any, random: Any) -> Array:
     else:
         tiny = np.float32(info.tiny)
         rounded = _from_log(_float(_bits(_to_log(lax.abs(x) / tiny)) + _threshold(random, dropped) & kept)) * tiny
+        if positive:
+            rounded = jnp.where(x > 0, lax.max(rounded, jnp.full_like(rounded, info.smallest_subnormal)), rounded)
         rounded = lax.min(jnp.where(x < 0, -rounded, rounded), largest.astype(np.float32))
     return jnp.where(jnp.isnan(x), x, rounded).astype(dtype)
 

@@ -186,8 +186,9 @@ def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
         share = rate / weight[0]
 
         def leaf(update: Any, param: Any, average: Array) -> tuple[Any, Array]:
-            dtype = jnp.result_type(param)  # what the caller will hold: update and sum are both rounded to it
-            step = update if context.rounded else as_wide(update.astype(dtype))
+            dtype = jnp.result_type(param)  # what the caller will hold: the sum is rounded to it, and by a chain the update too
+            as_it_is = context.rounded or not context.inside
+            step = as_wide(update if as_it_is else update.astype(dtype))
             moved = (as_wide(param) + step).astype(dtype)
             return update, lerp(average, as_wide(moved), share)
 

@@ -178,7 +178,8 @@ def track_moments(
 
     Gradients are widened to float32 first (float64 and complex stay), so the state never has a half-precision dtype unless
     it is asked for. Beyond ±2⁶² (4.6e18, in float32) they saturate, infinities too, so that ν never overflows. A NaN is not
-    hidden: it makes the moments, and so the parameter, of its element NaN for good.
+    hidden: it makes the moments, and so the parameter, of its element NaN for good (8-bit moments forget it, the parameter does
+    not).
 
     Args:
       b1: decay of the first moment, in [0, 1); `None` tracks none, and `mu` is the gradient.
@@ -199,7 +200,8 @@ def track_moments(
         `adam_jax.storage`, or a pair (for mu, for nu). The update of a step uses the moments before they are narrowed.
 
     Raises:
-      ValueError: for a number outside its range, an unknown rule, or, in `update`, a gradient tree that does not fit.
+      ValueError: for a number outside its range, an unknown rule or storage, or a dtype beside a storage that says otherwise; in
+        `update`, for a gradient tree that does not fit, or a state that rests otherwise.
       TypeError: for what is no number, no scalar and no schedule.
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), Algorithm 1 and §3.

@@ -40,6 +40,11 @@ def narrower_than_float32(leaf: Any) -> bool:
     return takes_part(leaf) and bool(finfo(dtype_of(leaf)).bits < 32)
 
 
+def is_half(leaf: Any) -> bool:
+    """Whether a leaf is bfloat16 or float16."""
+    return takes_part(leaf) and bool(finfo(dtype_of(leaf)).bits == 16)
+
+
 def wide_dtype(leaf: Any) -> Any:
     """The dtype a leaf is computed in: its own, but never narrower than float32."""
     dtype = dtype_of(leaf)
@@ -259,7 +264,7 @@ def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None, rounded: bo
     """
 
     def leaf(u: Array, g: Any, p: Any) -> Array:
-        return u if rounded and narrower_than_float32(p) else u.astype(dtype_of(g))
+        return u if rounded and is_half(p) else u.astype(dtype_of(g))
 
     narrowed = lift(leaf, updates, incoming=gradient, params=params)
 

@@ -1,11 +1,11 @@
-"""How a parameter narrower than float32 receives an update that is smaller than its last bit.
+"""How a parameter of 16 bits receives an update that is smaller than its last bit.
 
 `params + update` in bfloat16 loses every update below half of the parameter's last bit, 1/512 of it, and a network stops
 learning long before it has learnt. The two links below come last in a chain. They round the new parameter themselves, and
 emit its difference from the old one in float32: the sum that `optax.apply_updates`, Flax's `TrainState` and `nnx.Optimizer`
 then form is exact, and is the rounded parameter. Both numbers have 8 bits, so unless one is 2¹⁶ times the other their
-difference fits the 24 of a float32; past that, where a parameter falls to next to nothing at once, it is off by less than
-2⁻²⁴ of what it was.
+difference fits the 24 of a float32; past that, where a parameter falls to next to nothing at once, it is off by at most 2⁻²⁴
+of what it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adam_jax._codec import HALF, small_float, to_float
 from adam_jax._hyperparams import increment
 from adam_jax._noise import noise
 from adam_jax._transformation import Context, Init, Update, stage
-from adam_jax._tree import PyTree, as_wide, expect_params, lift, narrower_than_float32
+from adam_jax._tree import PyTree, as_wide, expect_params, is_half, lift
 
 
 class RoundStochasticallyState(NamedTuple):
@@ -34,6 +34,11 @@ class RoundStochasticallyState(NamedTuple):
 
     step: Array
 
+    @property
+    def rounds(self) -> bool:
+        """For a chain that does not see the stage, but its state."""
+        return True
+
 
 @stage(takes="updates", gives="updates", rate="after", end="rounds")
 def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
@@ -41,7 +46,7 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
 
         params + update = round(params + update)      up with probability (params + update − below)/(above − below)
 
-    For real leaves narrower than float32; other leaves pass untouched, and trees may mix them. A finite sum saturates at the
+    For bfloat16 and float16 leaves; others pass untouched, and trees may mix them. A finite sum saturates at the
     largest finite number. The random bits are a function of the seed, the step, the leaf and the position in the whole array, so
     they are the same however the array is sharded.
 
@@ -86,6 +91,11 @@ class CompensateState(NamedTuple):
 
     lost: PyTree
 
+    @property
+    def rounds(self) -> bool:
+        """For a chain that does not see the stage, but its state."""
+        return True
+
 
 @stage(takes="updates", gives="updates", rate="after", end="rounds")
 def compensate() -> tuple[Init, Update]:
@@ -99,7 +109,7 @@ def compensate() -> tuple[Init, Update]:
     dtype instead, which for the same memory loses what is smaller than 2⁻¹⁷ of the parameter. A float16 parameter keeps its
     other 13 bits as well, but more is lost below 6e-5, where it has fewer.
 
-    For real leaves narrower than float32; other leaves pass untouched and keep nothing.
+    For bfloat16 and float16 leaves; others pass untouched and keep nothing.
 
     Raises:
       ValueError: in `update`, without `params`; in `chain`, where a stage follows that could change the updates.
@@ -129,8 +139,8 @@ def compensate() -> tuple[Init, Update]:
 
 
 def _split(tree: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-    """The leaves whose parameters are narrower than float32, and the others; `None` in place of those that are not there."""
-    narrow = lift(lambda x, p: narrower_than_float32(p), tree, params=params)
+    """The leaves whose parameters have 16 bits, and the others; `None` in place of those that are not there."""
+    narrow = lift(lambda x, p: is_half(p), tree, params=params)
     low = jax.tree.map(lambda x, is_low: x if is_low is True else None, tree, narrow)
     return low, jax.tree.map(lambda x, is_low: None if is_low is True else x, tree, narrow)
 
@@ -144,5 +154,6 @@ def _bits(x: Any) -> Array:
 
 
 def _step(old: Array, new: Array, rounded: Array) -> Any:
-    """What has to be added to `old` for `rounded`; of a sum that is not finite, the sum."""
-    return jnp.where(jnp.isfinite(new), rounded - old, new)
+    """What has to be added to `old` for `rounded`, or as much of it as is finite; of a sum that is not finite, the sum."""
+    largest = np.finfo(np.float32).max
+    return jnp.where(jnp.isfinite(new), lax.clamp(-largest, rounded - old, largest), new)

@@ -32,7 +32,10 @@ SMALLEST = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-    """Moments rest as floats of a dtype; infinities and what is too large saturate at its largest number.
+    """Moments rest as floats of a dtype; infinities and what is too large saturate at its largest number, NaN stays.
+
+    A dtype of a small range, float16 or one of 8 bits, suits μ better than ν: below its smallest number a positive ν is stored as
+    that, so that no update loses its denominator, and steps there are too short.
 
     Attributes:
       dtype: a floating dtype; `None` for the one that a leaf is computed in, float32 or wider.
@@ -42,7 +45,7 @@ class Float:
       smallest: leaves of fewer elements stay as they are computed.
 
     Raises:
-      ValueError: for a dtype that is not floating or has no zero, or an unknown rounding.
+      ValueError: for a dtype that is not floating, has no zero or less than 8 bits, an unknown rounding, or a negative size.
       TypeError: if `seed` or `smallest` is no integer.
     """
 
@@ -60,10 +63,10 @@ class Float:
 class Codes:
     """Moments rest as integers that count in ratios, relative to a power of two that is kept for each leaf.
 
-    A code is a small float: below 1 unit eight equal steps, then eight steps an octave, and where those end, for elements that
-    suddenly outgrow the leaf, one step an octave. The unit of a step follows from the largest code of the step before, with an
-    octave to spare, so that encoding needs no second look at the moments. Before there is a largest code, at the first step
-    or in a leaf that has been all zero, all codes are whole octaves, 127 of them.
+    A code of 8 bits is a small float: below 1 unit eight equal steps (they count as an octave), then eight steps an octave, and
+    where those end, for elements that suddenly outgrow the leaf, one step an octave. The unit of a step follows from the largest
+    code of the step before, with an octave to spare, so that encoding needs no second look at the moments. Before there is a
+    largest code, at the first step or in a leaf that has been all zero, all codes are whole octaves, 127 of them.
 
     ========  =====  ===============  =====================  ==============  ====================
     moment    dtype  fine octaves     below the largest      coarse octaves  smallest but zero
@@ -72,7 +75,7 @@ class Codes:
     ν, ≥ 0    uint8  28               2⁻²⁸, of √ν 2⁻¹⁴       32              is kept from 0
     ========  =====  ===============  =====================  ==============  ====================
 
-    The relative step is 1/8 of an octave's width. A positive ν never becomes 0, so that no update loses its denominator:
+    A step is 1/8 of the power of two below it. A positive ν never becomes 0, so that no update loses its denominator:
     what is smaller than the smallest code is stored as it. NaN is stored as 0.
 
     Attributes:
@@ -82,7 +85,7 @@ class Codes:
       smallest: as in `Float`.
 
     Raises:
-      ValueError: for another number of bits, or an unknown rounding.
+      ValueError: for another number of bits, an unknown rounding, or a negative size.
       TypeError: if `seed` or `smallest` is no integer.
     """
 
@@ -104,6 +107,8 @@ def _check(form: Form) -> None:
         value = getattr(form, name)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{who}: {name}: found {value!r}; expected an integer.")
+    if form.smallest < 0:
+        raise ValueError(f"{who}: smallest: found {form.smallest}; expected 0 or more elements.")
 
 
 def _floating(dtype: Any, name: str) -> Any:
@@ -230,7 +235,7 @@ class Rest:
             nearest = self.form.rounding == "nearest"
             random = HALF if nearest else rotate(noise(self.form.seed, index, count, x.shape), self.turn)
             if isinstance(self.form, Float):
-                return to_float(x, self.form.dtype, random)
+                return to_float(x, self.form.dtype, random, positive=not self.signed)
             unit = scales[self._scale][len(rows), 1]
             code = self._codec.narrow(x.astype(jnp.float32), unit, random)
             rows.append(jnp.stack([unit, self._codec.next_exponent(code, unit)]))
