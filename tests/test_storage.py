@@ -1126,3 +1126,19 @@ def test_an_equal_storage_does_not_retrace():
         tx = aj.adam(0.1, storage=storage.Codes(seed=4))
         step(tx, params, tx.init(params))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", [name for name in FLOATS if name != "bfloat16"])
+def test_a_positive_nu_stays_positive_in_a_float_of_a_small_range(dtype):
+    """Or its next update would have no denominator: gradients of 1e-5 square to less than float16's smallest number."""
+    tx = aj.adam(1.0, nu_dtype=jnp.dtype(dtype))
+    state, step = tx.init(jnp.zeros(WIDE)), jax.jit(tx.update)
+    for seed in range(20):
+        updates, state = step(1e-5 * normals(WIDE, seed=seed), state)
+        assert np.abs(updates).max() <= 1.5
+    assert (np.asarray(state[0].nu, np.float32) > 0).all()
+
+
+def test_a_negative_size():
+    with refused(ValueError, "storage.Codes: smallest: found -1", "expected 0 or more"):
+        storage.Codes(smallest=-1)
