@@ -68,12 +68,12 @@ class Codes:
     code of the step before, with an octave to spare, so that encoding needs no second look at the moments. Before there is a
     largest code, at the first step or in a leaf that has been all zero, all codes are whole octaves, 127 of them.
 
-    ========  =====  ===============  =====================  ==============  ====================
-    moment    dtype  fine octaves     below the largest      coarse octaves  smallest but zero
-    ========  =====  ===============  =====================  ==============  ====================
-    μ, signed int8   14               2⁻¹⁴                   16              rounds to 0 or a step
-    ν, ≥ 0    uint8  28               2⁻²⁸, of √ν 2⁻¹⁴       32              is kept from 0
-    ========  =====  ===============  =====================  ==============  ====================
+    =========  =====  ============  =================  ==============  =======================
+    moment     dtype  fine octaves  below the largest  coarse octaves  below the smallest code
+    =========  =====  ============  =================  ==============  =======================
+    μ, signed  int8   14            2⁻¹⁴               15              0 or that code
+    ν, ≥ 0     uint8  28            2⁻²⁸, √ν 2⁻¹⁴      31              that code; 0 stays 0
+    =========  =====  ============  =================  ==============  =======================
 
     A step is 1/8 of the power of two below it. A positive ν never becomes 0, so that no update loses its denominator:
     what is smaller than the smallest code is stored as it. NaN is stored as 0.
