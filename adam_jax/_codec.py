@@ -21,11 +21,11 @@ _ONE = np.int32(0x3F800000)
 """The bits of 1.0: what the bits of a number exceed them by is its logarithm, straight between powers of two."""
 
 
-def _bits(x: Array) -> Array:
+def bits_of(x: Array) -> Array:
     return lax.bitcast_convert_type(x, np.int32)
 
 
-def _float(bits: Array) -> Array:
+def float_of(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, np.float32)
 
 
@@ -57,10 +57,10 @@ def to_float(x: Array, dtype: Any, random: Any, positive: bool = False) -> Array
     x = x.astype(np.float32)
     kept = np.int32(-(2**dropped))
     if info.minexp == finfo(np.float32).minexp:
-        rounded = _float(_bits(x) + _threshold(random, dropped) & kept)
+        rounded = float_of(bits_of(x) + _threshold(random, dropped) & kept)
     else:
         tiny = np.float32(info.tiny)
-        rounded = _from_log(_float(_bits(_to_log(lax.abs(x) / tiny)) + _threshold(random, dropped) & kept)) * tiny
+        rounded = _from_log(float_of(bits_of(_to_log(lax.abs(x) / tiny)) + _threshold(random, dropped) & kept)) * tiny
         if positive:
             rounded = jnp.where(x > 0, lax.max(rounded, jnp.full_like(rounded, info.smallest_subnormal)), rounded)
         rounded = lax.min(jnp.where(x < 0, -rounded, rounded), largest.astype(np.float32))
@@ -72,7 +72,7 @@ def small_float(k: Array) -> Array:
 
     A conversion would do, but the TPU's compiler can make two passes over memory of a step that stores what was a float's bits.
     """
-    return _float(k | np.int32(0x4B000000)) - np.float32(2**23)
+    return float_of(k | np.int32(0x4B000000)) - np.float32(2**23)
 
 
 def _to_log(y: Array) -> Array:
@@ -150,7 +150,7 @@ class Codec:
         exponent, coarse = self._layout(unit)
         k = code.astype(np.int32)
         even = self._even(lax.abs(k), jnp.broadcast_to(coarse, k.shape))
-        size = _from_log(_float((even << np.int32(23 - self.fraction)) + _ONE)) * _float(exponent + 127 << 23)
+        size = _from_log(float_of((even << np.int32(23 - self.fraction)) + _ONE)) * float_of(exponent + 127 << 23)
         return jnp.where(k < 0, -size, size) if self.signed else size
 
     def narrow(self, x: Array, unit: Any, random: Any) -> Array:
@@ -159,11 +159,11 @@ class Codec:
         dropped = 23 - self.fraction
         # The sign of the factor says that no octave is fine: a second scalar would be one operand too many for a TPU's pass.
         sign = jnp.where(coarse == 0, np.int32(-(2**31)), np.int32(0))
-        y = lax.abs(x) * _float((127 - exponent << 23) | sign)
+        y = lax.abs(x) * float_of((127 - exponent << 23) | sign)
         start = (self.fine << 23) - (self.fine << 23 - _COARSER)
-        b = _bits(_to_log(lax.abs(y))) - _ONE
+        b = bits_of(_to_log(lax.abs(y))) - _ONE
         b = lax.min(b, jnp.full_like(b, _OCTAVES << 23))
-        b = lax.min(b, (b >> np.int32(_COARSER)) + (~(_bits(y) >> np.int32(31)) & np.int32(start)))
+        b = lax.min(b, (b >> np.int32(_COARSER)) + (~(bits_of(y) >> np.int32(31)) & np.int32(start)))
         k = b + _threshold(random, dropped) >> np.int32(dropped)
         k = lax.min(k, jnp.full_like(k, np.iinfo(self.dtype).max))
         k = jnp.where(jnp.isnan(x), 0, k) if self.signed else jnp.where(x > 0, lax.max(k, jnp.ones_like(k)), 0)

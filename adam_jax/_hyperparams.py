@@ -97,6 +97,12 @@ def expect_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: found {value!r}; expected one of {', '.join(map(repr, known))}.")
 
 
+def expect_integer(name: str, value: Any) -> None:
+    """Refuses what is no Python or NumPy integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: found {value!r}; expected an integer.")
+
+
 def increment(count: Array) -> Array:
     """Count + 1, staying at the largest int32 instead of wrapping to a negative one."""
     return jnp.minimum(count, np.int32(np.iinfo(np.int32).max - 1)) + np.int32(1)

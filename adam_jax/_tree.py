@@ -147,11 +147,6 @@ def like_params(make: Callable[[Any], Any], params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: make(p) if takes_part(p) else None, params)
 
 
-def at_rest(tree: PyTree) -> PyTree:
-    """A tree of moments as a state holds it: without the leaves that take no part."""
-    return like_params(lambda leaf: leaf, tree)
-
-
 def lift(f: Callable[..., Any], updates: PyTree, /, *, outputs: int = 1, free: tuple[str, ...] = (), **others: PyTree) -> Any:
     """Applies a leaf's mathematics to trees, and is where trees that do not fit are refused.
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._codec import HALF, small_float, to_float
-from adam_jax._hyperparams import increment
+from adam_jax._codec import HALF, bits_of, float_of, small_float, to_float
+from adam_jax._hyperparams import expect_integer, increment
 from adam_jax._noise import noise
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import PyTree, as_wide, expect_params, is_half, lift
@@ -59,8 +59,7 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
 
     Source: Zamirai et al., "Revisiting BFloat16 Training" (2020), §4.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"round_stochastically: seed: found {seed!r}; expected an integer.")
+    expect_integer("round_stochastically: seed", seed)
 
     def init(params: PyTree) -> RoundStochasticallyState:
         return RoundStochasticallyState(jnp.zeros((), jnp.int32))
@@ -126,9 +125,9 @@ def compensate() -> tuple[Init, Update]:
 
         def leaf(update: Any, param: Array, lost: Array) -> tuple[Any, Array]:
             old = as_wide(param)
-            new = lax.bitcast_convert_type(_bits(old) + lost.astype(np.int32), np.float32) + as_wide(update).astype(old.dtype)
+            new = float_of(bits_of(old) + lost.astype(np.int32)) + as_wide(update).astype(old.dtype)
             rounded = as_wide(to_float(new, param.dtype, HALF))
-            left = small_float(jnp.clip(_bits(new) - _bits(rounded), -(2**15), 2**15 - 1) + 2**15) - np.float32(2**15)
+            left = small_float(jnp.clip(bits_of(new) - bits_of(rounded), -(2**15), 2**15 - 1) + 2**15) - np.float32(2**15)
             return _step(old, new, rounded), left.astype(np.int16)
 
         low, rest = _split(updates, params)
@@ -147,10 +146,6 @@ def _split(tree: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
 
 def _merged(low: PyTree, rest: PyTree) -> PyTree:
     return jax.tree.map(lambda x, other: other if x is None else x, low, rest, is_leaf=lambda x: x is None)
-
-
-def _bits(x: Any) -> Array:
-    return lax.bitcast_convert_type(x, np.int32)
 
 
 def _step(old: Array, new: Array, rounded: Array) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from adam_jax._codec import HALF, Codec, to_float
-from adam_jax._hyperparams import expect_one_of
+from adam_jax._hyperparams import expect_integer, expect_one_of
 from adam_jax._noise import noise, rotate
 from adam_jax._tree import PyTree, as_wide, finfo, like_params, narrower_than_float32
 
@@ -104,9 +104,7 @@ def _check(form: Form) -> None:
     who = f"storage.{type(form).__name__}"
     expect_one_of(f"{who}: rounding", form.rounding, ("stochastic", "nearest"))
     for name in ("seed", "smallest"):
-        value = getattr(form, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{who}: {name}: found {value!r}; expected an integer.")
+        expect_integer(f"{who}: {name}", getattr(form, name))
     if form.smallest < 0:
         raise ValueError(f"{who}: smallest: found {form.smallest}; expected 0 or more elements.")
 
