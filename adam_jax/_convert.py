@@ -121,14 +121,16 @@ class Part(NamedTuple):
       place: in the state.
       tx: the transformation.
       state: its state; of a wrapper with what is inside.
-      key: its name, and how many of that name come before: what it is paired by.
+      group: that of `by_path` it is in, "" outside.
+      key: its name, and how many of that name come before in its group: what it is paired by.
       meanings: what its moments are, by field.
     """
 
     place: str
     tx: Any
     state: Any
-    key: tuple[str, int]
+    group: str
+    key: tuple[str, str, int]
     meanings: dict[str, str]
 
     @property
@@ -175,7 +177,7 @@ class Side:
 
     def __init__(self, tx: Any, state: Any) -> None:
         self.parts: list[Part] = []
-        names: list[str] = []
+        names: list[tuple[str, str]] = []
         source, nu, corrected, where = "gradients", "", False, ""
         for place, group, part, its in walk(tx, state):
             build, said, flow = None, {}, None
@@ -199,9 +201,9 @@ class Side:
                 source = "directions"  # what is averaged behind is no gradient
             if flow and flow.rate == "applies":
                 source = "steps"
-            name = (build.__name__ if build else show(part)) + _of(group)
+            name = build.__name__ if build else show(part), group
             meanings = {field: what for field, what in meanings.items() if hasattr(its, field)}
-            self.parts.append(Part(place, part, its, (name, names.count(name)), meanings))
+            self.parts.append(Part(place, part, its, group, (*name, names.count(name)), meanings))
             names.append(name)
 
 
@@ -276,7 +278,11 @@ class _Conversion:
         return tuple(found) + tuple(self.misfits)
 
     def _entry(self, part: Part, field: str, what: str = "", note: str = "") -> Entry:
-        return Entry(f"{part.place}.{field}" if field else part.place, what or f"{field or 'the state'} of {part.key[0]}", note)
+        return Entry(
+            f"{part.place}.{field}" if field else part.place,
+            what or f"{field or 'the state'} of {part.key[0]}{_of(part.group)}",
+            note,
+        )
 
     def _moment(self, part: Part, field: str, scales: Any) -> tuple[PyTree, Any]:
         """A moment at rest, from the one of the same meaning, and the scales of its state."""

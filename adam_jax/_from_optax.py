@@ -38,6 +38,22 @@ class Node(NamedTuple):
     state: Any
 
 
+class Moment(NamedTuple):
+    """A moment of Optax: the state that has it, and its field there."""
+
+    node: Node
+    field: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.node.place}.{self.field}"
+
+    @property
+    def leaves(self) -> dict[str, Any]:
+        """Those that have moments, by path."""
+        return trained(getattr(self.node.state, self.field))
+
+
 def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = None) -> PyTree:
     """The state of `tx` in a run that Optax began.
 
@@ -49,9 +65,9 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     are rounded to nearest. What Optax does not have, averages and what guards have counted, starts afresh.
 
     Args:
-      state: that of an Optax optimizer, whole or the part that has the moments. Inside `optax.inject_hyperparams` and
-        `optax.apply_if_finite` moments are found; of `optax.MultiSteps` (between two updates), `optax.masked` or one group of
-        `optax.partition` give the inner state, with the parameters that are inside.
+      state: that of an Optax optimizer, whole or the part that has the moments. Inside `optax.inject_hyperparams`,
+        `optax.apply_if_finite`, `optax.masked` and the groups of `optax.partition` moments are found; `tx` may have groups too,
+        the same or others (`by_path`). Of `optax.MultiSteps` give the inner state, between two updates.
       tx: the transformation of this package that goes on.
       params: the present parameters.
       count: the steps taken, for a state that keeps no count: of RMSprop or momentum with a constant learning rate.
@@ -67,20 +83,20 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     nodes, schedules, others = _split(state)
     _, ours = memories(tx, first_state(tx, params, who), who)
     found = _found(nodes, ours, who)
-    same_kinds(ours, {kind: _place(*where) for kind, where in found.items()}, who, "the state")
+    same_kinds(ours, _places(found), who, "the state")
     if others:
         raise ValueError(
             f"{who}: left over {some(others)}, which no member of adam_jax has. Give the part of the state that has the moments; "
             f"of a wrapper with arrays of its own the state inside."
         )
     steps = _agreed(schedules, who)
-    moments = _agreed({_place(node, "count"): node.state.count for node in nodes if "count" in node.state._fields}, who)
+    moments = _agreed({f"{node.place}.count": node.state.count for node in nodes if "count" in node.state._fields}, who)
     known = next((n for n in (moments, steps, count) if n is not None), None)
     if known is None:
         raise ValueError(f"{who}: the state keeps no count. Give the number of steps taken: from_optax(…, count=1000).")
     if count not in (None, known):
         raise ValueError(f"{who}: found count={count}, and {known} in the state; expected none where the state has one.")
-    trees = {kind: trained(getattr(node.state, field)) for kind, (node, field) in found.items()}
+    trees = {kind: {path: x for moment in its for path, x in moment.leaves.items()} for kind, its in found.items()}
     return fill(tx, params, Run(known, known if steps is None else steps, trees), who)
 
 
@@ -105,15 +121,16 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
     who = "to_optax"
     run = read(tx, state, who)
     found = _found(_split(like)[0], run.moments, who)
-    places = {kind: _place(*where) for kind, where in found.items()}
-    same_kinds(run.moments, places, who, "like")
-    kinds = {place: kind for kind, place in places.items()}
+    same_kinds(run.moments, _places(found), who, "like")
+    for kind, its in found.items():
+        same_leaves(run.moments[kind], {path: x for moment in its for path, x in moment.leaves.items()}, f"{who}: like")
+    kinds = {moment.place: kind for kind, its in found.items() for moment in its}
 
     def fit(path: Any, node: Any) -> Any:
         place, name = jax.tree_util.keystr(path), type(node).__name__
         if not _has_moments(node):
             return jnp.asarray(run.step, node.dtype) if _is_count(path) else node
-        trees = {field: _fitted(run.moments[kinds[f"{place}.{field}"]], getattr(node, field), who) for field in MOMENTS[name]}
+        trees = {field: _fitted(run.moments[kinds[f"{place}.{field}"]], getattr(node, field)) for field in MOMENTS[name]}
         counts = {field: jnp.asarray(run.count, jnp.int32) for field in ("count", "count_m2") if field in node._fields}
         return node._replace(**trees, **counts)
 
@@ -130,10 +147,6 @@ def _is_count(path: tuple[Any, ...]) -> bool:
     return GetAttrKey("count") in path[-1:] or (GetAttrKey("count") in path[-2:-1] and path[-1] in RAW)
 
 
-def _place(node: Node, field: str) -> str:
-    return f"{node.place}.{field}"
-
-
 def _split(state: PyTree) -> tuple[list[Node], dict[str, Any], list[str]]:
     """The states with moments, the counts that schedules read, and the places of arrays that are neither."""
     nodes, counts, others = [], {}, []
@@ -148,19 +161,24 @@ def _split(state: PyTree) -> tuple[list[Node], dict[str, Any], list[str]]:
     return nodes, counts, others
 
 
-def _found(nodes: list[Node], ours: Mapping[str, Any], who: str) -> dict[str, tuple[Node, str]]:
-    """The moments of Optax by kind."""
-    found: dict[str, tuple[Node, str]] = {}
+def _found(nodes: list[Node], ours: Mapping[str, Any], who: str) -> dict[str, list[Moment]]:
+    """The moments of Optax by kind: one for each group of `optax.partition`."""
+    found: dict[str, list[Moment]] = {}
     for node in nodes:
         for field, its in MOMENTS[type(node.state).__name__].items():
-            kind = ALSO[its] if ALSO.get(its) in ours else its
-            if kind in found:
-                raise ValueError(
-                    f"{who}: found {KINDS[kind]} at {_place(*found[kind])} and at {_place(node, field)}; expected one. Give the "
-                    f"part of the state that has one of them, of a group of optax.partition with the parameters of that group."
-                )
-            found[kind] = node, field
+            kind, moment = ALSO[its] if ALSO.get(its) in ours else its, Moment(node, field)
+            for first in found.get(kind, ()):
+                if both := first.leaves.keys() & moment.leaves.keys():
+                    raise ValueError(
+                        f"{who}: found {KINDS[kind]} of {min(both)} at {first.place} and at {moment.place}; expected one for "
+                        f"each parameter. Give the part of the state that has one of them."
+                    )
+            found.setdefault(kind, []).append(moment)
     return found
+
+
+def _places(found: Mapping[str, list[Moment]]) -> dict[str, str]:
+    return {kind: ", ".join(moment.place for moment in its) for kind, its in found.items()}
 
 
 def _agreed(counts: dict[str, Any], who: str) -> int | None:
@@ -174,9 +192,8 @@ def _agreed(counts: dict[str, Any], who: str) -> int | None:
     return next(iter(numbers.values()), None)
 
 
-def _fitted(moment: Mapping[str, Any], like: PyTree, who: str) -> PyTree:
+def _fitted(moment: Mapping[str, Any], like: PyTree) -> PyTree:
     """A moment in the structure and the dtypes of `like`."""
-    same_leaves(moment, trained(like), f"{who}: like")
 
     def leaf(path: Any, x: Any) -> Any:
         return moment[path_of(path)].astype(x.dtype) if takes_part(x) else x

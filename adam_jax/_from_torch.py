@@ -6,8 +6,9 @@ tensors or NumPy arrays, and go back with NumPy arrays.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax._bias import LookAheadState
+from adam_jax._describe import describe
 from adam_jax._memories import Run, decays, fill, first_state, memories, read, same_kinds, same_leaves, some, trained
 from adam_jax._paths import path_of
 from adam_jax._transformation import Transformation
 from adam_jax._tree import PyTree
+from adam_jax.groups import by_path, labels, only
 
 Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
 Layout: TypeAlias = tuple[int, ...] | tuple[Convert, Convert]
@@ -32,6 +35,9 @@ ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu", "exp_inf": "infinity", "max_exp_avg
 RMSPROP = {"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"}
 SGD = {"momentum_buffer": "trace"}
 """The kinds of moments by PyTorch's names for them."""
+
+SETTINGS = ("eps", "weight_decay", "momentum_decay", "maximize", "amsgrad", "centered", "nesterov", "dampening")
+"""What a parameter group says besides the learning rate and the decays of moments."""
 
 
 def from_torch(
@@ -56,7 +62,8 @@ def from_torch(
 
     Args:
       state_dict: what `optimizer.state_dict()` returns, of Adam, AdamW, NAdam, RAdam, Adamax, RMSprop or SGD; tensors or arrays.
-      tx: the transformation of this package that goes on.
+      tx: the transformation of this package that goes on. PyTorch's parameter groups may be groups of `by_path`, or a mask of
+        weight decay.
       params: the parameters, which have the moments' shapes.
       mapping: from PyTorch's names to paths in `params`: a function, or a table of names or of their beginnings
         ("layers.0": "Dense_0"). What is not in the table keeps its name. "." counts as "/", and a last part "weight" that is not
@@ -83,12 +90,19 @@ def from_torch(
     parts, ours = memories(tx, first, who)
     called = _called(groups, names, who)
     leaves = trained(params)
-    pairs = _pairs(called.values(), leaves, mapping, transpose, who)
+    held = {path for its in ours.values() for memory in its for path in memory.leaves}
+    pairs = _pairs(called.values(), leaves, mapping, transpose, who, still=leaves.keys() - held)
     of = {name: entries.get(i, {}) for i, name in called.items() if name in pairs}
-    if blank := [name for name, entry in of.items() if not entry]:
+    if blank := [name for name, entry in of.items() if not entry and pairs[name].path in held]:
         raise ValueError(
             f"{who}: found no state of {some(blank)}; expected one for each parameter. One that never had a gradient has none: "
-            f"map it to None and leave it out of params."
+            f'map it to None and leave it out of params, or freeze it, with by_path({{pattern: "frozen"}}, …).'
+        )
+    of = {name: entry for name, entry in of.items() if entry}
+    if over := [name for name in of if pairs[name].path not in held]:
+        raise ValueError(
+            f"{who}: left over the state of {some(over)}, of which tx keeps none. Move with a tx that trains what PyTorch has "
+            f"trained, and freeze it with convert_state."
         )
     kinds = _kinds(groups)
     kept = {field: True for entry in of.values() for field, its in entry.items() if its is not None}
@@ -99,13 +113,19 @@ def from_torch(
     if ("mu_product" in kept) != any(isinstance(part.state, LookAheadState) for part in parts):
         has = "has the mu_product of NAdam, and tx does not look" if "mu_product" in kept else "is not NAdam's, and tx looks"
         raise ValueError(f"{who}: the state {has} ahead; expected the same optimizer on both sides, see presets.torch.")
-    _expect_decays(groups, decays(tx, first, who), who)
-    _expect_settings(groups, tx, who)
-    moments = {}
+    by_group = [(group, [pairs[called[i]] for i in group["params"] if called[i] in of]) for group in groups]
+    _expect_decays(by_group, decays(tx, first, who), who)
+    _expect_settings(by_group, tx, params, who)
+    moments: dict[str, dict[str, Any]] = {}
     for field in fields:
-        if lacks := [name for name, entry in of.items() if entry.get(field) is None]:
+        its = moments[kinds[field]] = {}
+        keep = {path for memory in ours[kinds[field]] for path in memory.leaves}
+        if lacks := [name for name, entry in of.items() if entry.get(field) is None and pairs[name].path in keep]:
             raise ValueError(f"{who}: found no {field} of {some(lacks)}; expected one for each parameter.")
-        moments[kinds[field]] = {p.path: jnp.array(p.into(of[name][field], leaves[p.path], who)) for name, p in pairs.items()}
+        for name, entry in of.items():
+            if entry.get(field) is not None:
+                pair = pairs[name]
+                its[pair.path] = jnp.array(pair.into(entry[field], leaves[pair.path], who))
     steps = _steps({name: entry.get("step") for name, entry in of.items()}, count, who)
     return fill(tx, params, Run(steps, steps, moments), who)
 
@@ -145,12 +165,13 @@ def to_torch(
     run = read(tx, state, who)
     fields = {kind: field for field, kind in _kinds(groups).items()}
     same_kinds(run.moments, {kind: fields[kind] for kind in _kept(groups, run.moments)}, who, "the optimizer")
-    _expect_decays(groups, decays(tx, state, who), who)
     leaves, *others = run.moments.values()
     for its in others:
         same_leaves(its, leaves, who)
     called = _called(groups, names, who)
     pairs = _pairs(called.values(), leaves, mapping, transpose, who)
+    by_group = [(group, [pairs[called[i]] for i in group["params"] if called[i] in pairs]) for group in groups]
+    _expect_decays(by_group, decays(tx, state, who), who)
     also = {} if "dampening" in groups[0] else {"step": np.float32(run.count)}
     also |= {"mu_product": np.float32(1 - run.ahead)} if run.ahead is not None else {}
 
@@ -245,6 +266,9 @@ def after_flatten(shape: Sequence[int]) -> tuple[Convert, Convert]:
         return x.reshape(*sizes, channels, x.shape[-1]).transpose(n + 1, n, *range(n)).reshape(x.shape[-1], -1)
 
     return there, back
+
+
+Groups: TypeAlias = "list[tuple[Mapping[str, Any], list[_Pair]]]"
 
 
 class _Pair(NamedTuple):
@@ -344,34 +368,65 @@ def _kept(groups: list[Any], ours: Iterable[str]) -> list[str]:
     return kept + (["trace"] if group.get("momentum") else [])
 
 
-def _expect_decays(groups: list[Any], ours: Mapping[str, Any], who: str) -> None:
+def _expect_decays(groups: Groups, ours: Mapping[str, Mapping[str, Any]], who: str) -> None:
     """Refuses decays that are not those of `tx`: bias would be corrected wrongly for moments that others have weighed."""
-    for group in groups:
+    for group, pairs in groups:
         first, second = group.get("betas", (group.get("alpha"),) * 2)
         theirs = {"mu": first, "nu": second, "infinity": second, "trace": group.get("momentum")}
-        for kind, value in ours.items():
-            found = None if theirs.get(kind) is None else float(theirs[kind])
-            if isinstance(value, (int, float)) and found is not None and not math.isclose(found, value, rel_tol=1e-6):
+        for kind, pair in itertools.product(ours, pairs):
+            value = ours[kind].get(pair.path)
+            if _differ(theirs.get(kind), value):
                 raise ValueError(
-                    f"{who}: found the decay {found} of {kind} in param_groups, and {value} in tx; expected the same. "
-                    f"Move with PyTorch's, and change it with convert_state."
+                    f"{who}: found the decay {theirs[kind]} of {kind} in the param_group of {pair.name}, and {value} in tx; "
+                    f"expected the same. Move with PyTorch's, and change it with convert_state."
                 )
 
 
-def _expect_settings(groups: list[Any], tx: Any, who: str) -> None:
+def _expect_settings(groups: Groups, tx: Any, params: PyTree, who: str) -> None:
     """Refuses what else makes steps others than those of `tx`; a learning rate may change."""
-    spec = tx.init.spec if isinstance(tx, Transformation) else None
-    said = {} if spec is None else dict(spec.arguments.arguments)
-    named = "learning_rate" in said or "lr" in said
-    for group in groups:
-        for key in ("eps", "weight_decay", "momentum_decay", "maximize", "amsgrad", "centered", "nesterov", "dampening"):
-            theirs, ours = group.get(key), said.get(key, 0)
-            known = key in said or (named and key in ("weight_decay", "dampening")) or key == "maximize"
-            both = all(isinstance(value, (bool, int, float)) for value in (theirs, ours))
-            if known and both and not math.isclose(theirs, ours, rel_tol=1e-6):
-                raise ValueError(
-                    f"{who}: found {key}={theirs} in param_groups, and {ours} in tx; expected the same. See presets.torch."
-                )
+    settings = dict(_settings(tx, params))
+    decays = {leaf.path: leaf.decay for leaf in describe(tx, params).leaves}
+    for group, pairs in groups:
+        # What others than AdamW do with a decay that is 0 does not matter.
+        decoupled = group.get("decoupled_weight_decay") if group.get("weight_decay") else None
+        theirs = {key: group.get(key) for key in SETTINGS} | {"decoupled_weight_decay": decoupled}
+        for pair in pairs:
+            said = settings.get(pair.path, {})
+            # Where a member has no such argument it does as with 0.
+            ours = {key: said.get(key, 0 if key in ("maximize", "dampening") else None) for key in theirs}
+            ours |= {"weight_decay": decays[pair.path]}
+            if said.get("decay") in ("lr", "l2"):
+                ours["decoupled_weight_decay"] = said["decay"] == "lr"
+            for key, value in ours.items():
+                if _differ(theirs[key], value):
+                    raise ValueError(
+                        f"{who}: found {key}={theirs[key]} in the param_group of {pair.name}, and {value} in tx; expected the "
+                        f"same. See presets.torch, and by_path for groups."
+                    )
+
+
+def _differ(theirs: Any, ours: Any) -> bool:
+    """Whether two settings are numbers, and not the same."""
+    both = all(isinstance(value, (bool, int, float)) for value in (theirs, ours))
+    return both and not math.isclose(theirs, ours, rel_tol=1e-6)
+
+
+def _settings(tx: Any, params: PyTree) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the members in a transformation have been told, for each leaf's path."""
+    if not isinstance(tx, Transformation):
+        return
+    spec = tx.init.spec
+    said = dict(spec.arguments.arguments)
+    found: dict[str, dict[str, Any]] = {path: {} for path in trained(params)}
+    if spec.build is by_path:
+        its = labels(said["groups"], params, said["ordered"])
+        inside = [(part, only(name, its, params)) for name, part in spec.inner.items()]
+    else:
+        inside = [(part, params) for part in (spec.inner.values() or (spec.stages if "stages" in said else ()))]
+    for part, theirs in inside:
+        for path, its_own in _settings(part, theirs):
+            found[path] = its_own | found[path]
+    yield from found.items() if inside else ((path, said) for path in found)
 
 
 def _steps(found: Mapping[str, Any], count: int | None, who: str) -> int:
@@ -395,9 +450,14 @@ def _steps(found: Mapping[str, Any], count: int | None, who: str) -> int:
 
 
 def _pairs(
-    names: Iterable[str], leaves: Mapping[str, Any], mapping: Names | None, transpose: Layouts | None, who: str
+    names: Iterable[str],
+    leaves: Mapping[str, Any],
+    mapping: Names | None,
+    transpose: Layouts | None,
+    who: str,
+    still: Set[str] = frozenset(),
 ) -> dict[str, _Pair]:
-    """Parameters of PyTorch with their leaves, by name, but for those that are left out."""
+    """Parameters of PyTorch with their leaves, by name, but for those that are left out; the leaves in `still` may have none."""
     found: dict[str, _Pair] = {}
     taken: dict[str, str] = {}
     lost, unused = [], {key for table in (mapping, transpose) if isinstance(table, Mapping) for key in table}
@@ -415,7 +475,7 @@ def _pairs(
             )
         taken[path] = name
         found[name] = _Pair(name, path, *_layout(name, path, jnp.ndim(leaves[path]), transpose, who))
-    missing = [path for path in leaves if path not in taken]
+    missing = [path for path in leaves if path not in taken and path not in still]
     if lost or missing:
         says = [f"left over {some(lost)} of PyTorch"] if lost else []
         says += [f"missing {some(missing)} of the parameters"] if missing else []

@@ -46,6 +46,11 @@ class Memory(NamedTuple):
     part: Part
     field: str
 
+    @property
+    def leaves(self) -> dict[str, Any]:
+        """As they rest, by path."""
+        return by_its_path(getattr(self.part.state, self.field))
+
 
 class Run(NamedTuple):
     """What other libraries keep of a run.
@@ -63,12 +68,12 @@ class Run(NamedTuple):
     ahead: float | None = None
 
 
-def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, Memory]]:
-    """The parts of a transformation, and its moments by kind.
+def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[Memory]]]:
+    """The parts of a transformation, and its moments by kind: one for each group of `by_path`.
 
     Raises:
       TypeError: for what is no transformation.
-      ValueError: where there are no moments, or two of one kind.
+      ValueError: where there are no moments, or two of one kind for a leaf.
     """
     _expect_transformation(tx, who)
     try:
@@ -77,16 +82,17 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, Memor
         raise ValueError(
             f"{who}: found a state that is not one of {show(tx)}; expected that of the transformation which the run had."
         ) from error
-    found: dict[str, Memory] = {}
+    found: dict[str, list[Memory]] = {}
     for i, part in enumerate(parts):
         for field in part.meanings:
-            kind = _kind(parts, i, field)
-            if kind in found:
-                first = found[kind].part.place
-                raise ValueError(
-                    f"{who}: tx has {KINDS[kind]} at {first} and at {part.place}; expected one. Move each part alone."
-                )
-            found[kind] = Memory(part, field)
+            kind, memory = _kind(parts, i, field), Memory(part, field)
+            for first in found.get(kind, ()):
+                if first.leaves.keys() & memory.leaves.keys():
+                    raise ValueError(
+                        f"{who}: tx has {KINDS[kind]} at {first.part.place} and at {part.place}; expected one. Move each part "
+                        f"alone."
+                    )
+            found.setdefault(kind, []).append(memory)
     if not found:
         raise ValueError(
             f"{who}: found no moments in {show(tx)}; expected a transformation of adam_jax. Of one inside a wrapper of others, "
@@ -112,7 +118,8 @@ def _kind(parts: Sequence[Part], i: int, field: str) -> str:
         return "trace of steps" if "steps" in parts[i].meanings["mu"] else "trace"
     if field == "nu" and said["nu_rule"] in ("belief", "infinity"):
         return str(said["nu_rule"])
-    corrected_later = any(_build(part) is correct_bias and part.said["nu"] for part in parts[i:])
+    behind = [part for part in parts[i:] if part.group == parts[i].group]
+    corrected_later = any(_build(part) is correct_bias and part.said["nu"] for part in behind)
     return "raw nu_max" if field == "nu_max" and corrected_later else field
 
 
@@ -120,11 +127,16 @@ def _build(part: Part) -> Any:
     return part.tx.init.spec.build if isinstance(part.tx, Transformation) else None
 
 
-def decays(tx: Any, state: Any, who: str) -> dict[str, Any]:
-    """The decays of the moments by kind, as `tx` was given them."""
+def decays(tx: Any, state: Any, who: str) -> dict[str, dict[str, Any]]:
+    """The decays of the moments by kind and path, as `tx` was given them."""
     _, found = memories(tx, state, who)
-    tracked = {kind: memory for kind, memory in found.items() if _build(memory.part) is track_moments}
-    return {kind: part.said["b1" if field == "mu" else "b2"] for kind, (part, field) in tracked.items()}
+    made: dict[str, Any] = {}
+    for kind, its in found.items():
+        for memory in its:
+            if _build(memory.part) is track_moments:
+                decay = memory.part.said["b1" if memory.field == "mu" else "b2"]
+                made.setdefault(kind, {}).update(dict.fromkeys(memory.leaves, decay))
+    return made
 
 
 def same_kinds(ours: Mapping[str, Any], theirs: Mapping[str, str], who: str, where: str) -> None:
@@ -143,8 +155,8 @@ def trained(tree: PyTree) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if takes_part(leaf)}
 
 
-def resting(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a moment at rest, by path."""
+def by_its_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree, by path."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -158,17 +170,17 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
     parts, found = memories(tx, first, who)
     follows = _follows(parts, params, run.count)
     filled: dict[int, dict[str, Any]] = {}
-    for kind, (part, field) in found.items():
-        tree = getattr(part.state, field)
-        theirs, expected = run.moments[kind], resting(tree)
-        same_leaves(theirs, expected, f"{who}: {KINDS[kind]}")
-        leaves = []
-        for path, like in expected.items():
-            x = as_wide(theirs[path])
-            real = jnp.iscomplexobj(x) and not SIGNED[field]
-            leaves.append(narrow_to_nearest(x.real if real else x, like, SIGNED[field]))
-        own = filled.setdefault(id(part), {"scales": part.state.scales})
-        own[field], own["scales"] = put_back(field, tree, own["scales"], leaves)
+    for kind, its in found.items():
+        theirs = run.moments[kind]
+        same_leaves(theirs, dict(leaf for memory in its for leaf in memory.leaves.items()), f"{who}: {KINDS[kind]}")
+        for part, field in its:
+            leaves = []
+            for path, like in Memory(part, field).leaves.items():
+                x = as_wide(theirs[path])
+                real = jnp.iscomplexobj(x) and not SIGNED[field]
+                leaves.append(narrow_to_nearest(x.real if real else x, like, SIGNED[field]))
+            own = filled.setdefault(id(part), {"scales": part.state.scales})
+            own[field], own["scales"] = put_back(field, getattr(part.state, field), own["scales"], leaves)
 
     def states() -> Iterator[Any]:
         for part in parts:
@@ -187,10 +199,9 @@ def read(tx: Any, state: PyTree, who: str) -> Run:
       ValueError: where a count does not say what the moments have seen.
     """
     parts, found = memories(tx, state, who)
-    counts = {int(part.state.count): part.place for part, _ in found.values() if "count" in part.state._fields}
-    (count, *others) = counts
-    tree = next(getattr(part.state, field) for part, field in found.values())
-    follows = _follows(parts, tree, count)
+    held = [memory for its in found.values() for memory in its]
+    (count, *others) = {int(part.state.count): None for part, _ in held if "count" in part.state._fields}
+    follows = _follows(parts, getattr(held[0].part.state, held[0].field), count)
     for part in parts:
         if part.place not in follows or not hasattr(part.state, "weights"):
             continue
@@ -201,10 +212,12 @@ def read(tx: Any, state: PyTree, who: str) -> Run:
                 f"as after `reset` or under another decay. Others keep a count alone, and cannot take them."
             )
     steps = [int(part.state.step) for part in parts if part.key[0] == "scale_by_learning_rate"]
-    moments = {}
-    for kind, (part, field) in found.items():
-        tree = getattr(part.state, field)
-        moments[kind] = {p: x.widen() for p, x in zip(resting(tree), take_out(field, tree, part.state.scales), strict=True)}
+    moments: dict[str, dict[str, Any]] = {kind: {} for kind in found}
+    for kind, its in found.items():
+        for memory in its:
+            tree = getattr(memory.part.state, memory.field)
+            at_rest = take_out(memory.field, tree, memory.part.state.scales)
+            moments[kind] |= {path: x.widen() for path, x in zip(memory.leaves, at_rest, strict=True)}
     ahead = [float(np.asarray(part.state.weight, np.float64).sum()) for part in parts if isinstance(part.state, LookAheadState)]
     return Run(count, steps[0] if steps else count, moments, ahead[0] if ahead else None)
 
@@ -256,4 +269,4 @@ def _follows(parts: Sequence[Part], params: PyTree, count: Any) -> dict[str, dic
 
 
 def _is_stage(part: Part) -> bool:
-    return hasattr(part.state, "_fields") and not hasattr(part.state, "inner_state")
+    return hasattr(part.state, "_fields") and not {"inner_state", "inner_states"} & {*part.state._fields}

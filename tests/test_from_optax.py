@@ -282,6 +282,52 @@ def test_an_nnx_optimizer():
         new.update(model, nnx.grad(loss)(model))
 
 
+@pytest.mark.usefixtures("standard_promotion")  # Optax mixes dtypes
+def test_groups_of_partition_are_groups_by_path():
+    theirs = optax.chain(
+        optax.clip_by_global_norm(1e9),
+        optax.partition(
+            {
+                "in": optax.adamw(RATE, b2=0.99, weight_decay=0.03),
+                "scale": optax.adam(RATE),
+                "rest": optax.adamw(RATE, weight_decay=0.03),
+            },
+            {"in": "in", "scale": "scale", "out": "rest"},
+        ),
+    )
+    groups = {"in/.*": {"b2": 0.99}, "scale": {"weight_decay": 0.0}}
+    tx = aj.chain(optax.clip_by_global_norm(1e9), aj.by_path(groups, aj.adamw(RATE, weight_decay=0.03)))
+    start, data = problem()
+    first, then = halves(data)
+    (params, state), _ = runner(theirs)(start, theirs.init(start), first)
+    moved = aj.from_optax(state, tx, params)
+    same(aj.to_optax(moved, tx, theirs.init(params)), state)
+    _, expected = runner(theirs)(params, state, then)
+    _, found = runner(tx)(params, moved, then)
+    assert apart(found, expected, params) < 2e-5
+    (_, ours), _ = runner(tx)(start, tx.init(start), first)
+    for name, its in ours[1].inner_states.items():
+        same(without_moments(moved[1].inner_states[name]), without_moments(its))
+
+    # The groups of ours need not be those of Optax: the moments are by leaf.
+    finer = aj.by_path(
+        {"in/kernel": {"b2": 0.99}, "in/bias": {"b2": 0.99}, "scale": aj.adam(RATE)}, aj.adamw(RATE, weight_decay=0.03)
+    )
+    _, found = runner(finer)(params, aj.from_optax(state, finer, params), then)
+    assert apart(found, expected, params) < 2e-5
+
+
+def test_masked_leaves_are_frozen():
+    theirs = optax.masked(optax.adam(1e-3), {"w": True, "b": False})
+    tx = aj.by_path({"b": "frozen"}, aj.adam(1e-3))
+    state = steps_of(theirs, LARGE)
+    moved = aj.from_optax(state, tx, LARGE)
+    np.testing.assert_array_equal(moved.inner_states["default"][0].mu["w"], state.inner_state[0].mu["w"])
+    same(aj.to_optax(moved, tx, theirs.init(LARGE)), state)
+    with refused(ValueError, "to_optax: like: missing b; left over w"):
+        aj.to_optax(moved, tx, optax.masked(optax.adam(1e-3), {"w": False, "b": True}).init(LARGE))
+
+
 def test_wrappers_with_arrays_of_their_own_give_the_state_inside():
     tx = aj.adam(1e-3)
     several = steps_of(optax.MultiSteps(optax.adam(1e-3), 2), LARGE, 6)
@@ -355,7 +401,7 @@ def refused(error, *says):
         (optax.adabelief(1.0), aj.adam(1.0), ["a mean of squared distances from the mean ([0].nu), which tx has not"]),
         (optax.adam(1.0), aj.adabelief(1.0), ["a mean of squares ([0].nu), which tx has not"]),
         (optax.lion(1.0), aj.adam(1.0), ["tx has a mean of gradients, which the state has not"]),
-        (optax.chain(optax.adam(1.0), optax.adam(1.0)), aj.adam(1.0), ["a mean of gradients at [0][0].mu and at [1][0].mu"]),
+        (optax.chain(optax.adam(1.0), optax.adam(1.0)), aj.adam(1.0), ["a mean of gradients of b at [0][0].mu and at [1][0].mu"]),
         (optax.adam(1.0), aj.chain(*aj.adam(1.0).stages[:-1], aj.adam(1.0)), ["tx has a mean", "at [0] and at [3][0]"]),
         (optax.chain(optax.adam(1.0), optax.lion(1.0)), aj.adam(1.0), ["left over [1][0].mu['b']"]),
         (optax.adam(1.0), optax.chain(aj.adam(1.0)), ["no moments in", "build chains with adam_jax.chain"]),

@@ -213,6 +213,73 @@ def test_a_training_run_moves_to_pytorch_and_goes_on_with_the_same_losses(torch,
     np.testing.assert_allclose(theirs, ours, rtol=1e-5)
 
 
+# Parameter groups
+
+
+NO_DECAY = {".*/bias": {"weight_decay": 0.0}}
+DECAYED = aj.presets.torch.adamw(1e-3, weight_decay=0.1)
+IN_GROUPS = {
+    "by_path": lambda: aj.by_path(NO_DECAY, DECAYED),
+    "a mask": lambda: aj.adamw(1e-3, weight_decay=0.1, mask="matrices"),
+    "chained": lambda: aj.skip_nonfinite(aj.chain(optax.clip_by_global_norm(1e9), aj.by_path(NO_DECAY, DECAYED))),
+}
+
+
+def in_groups(torch, model):
+    """AdamW that decays no biases, as PyTorch users write it, and its names in the groups' order."""
+    decays = {name: param for name, param in model.named_parameters() if param.ndim > 1}
+    rests = {name: param for name, param in model.named_parameters() if param.ndim < 2}
+    groups = [{"params": decays.values(), "weight_decay": 0.1}, {"params": rests.values(), "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3), [*decays, *rests]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", IN_GROUPS)
+def test_a_run_with_parameter_groups_moves_and_moves_back(torch, batches, name):
+    tx, model = IN_GROUPS[name](), torch_net(torch)
+    optimizer, names = in_groups(torch, model)
+    train_torch(torch, model, optimizer, batches, range(30))
+    shapes, apply, rules = jax_net("linen")
+    params = aj.params_from_torch(model.state_dict(), shapes, **rules)
+    state = aj.from_torch(optimizer.state_dict(), tx, params, names=names, **rules)
+    assert all(
+        int(count) == 30 for path, count in jax.tree_util.tree_leaves_with_path(state) if getattr(path[-1], "name", "") == "count"
+    )
+
+    train = trainer(apply, tx, batches)
+    theirs = train_torch(torch, model, optimizer, batches, range(30, 60))
+    ours, params, state = train(params, state, range(30, 60))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+    again = torch_net(torch)
+    optimizer, names = in_groups(torch, again)
+    weights = aj.params_to_torch(params, again.state_dict(), **rules)
+    again.load_state_dict({n: torch.tensor(x) for n, x in weights.items()})
+    found = aj.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
+    found["state"] = {i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()}
+    optimizer.load_state_dict(found)
+    theirs = train_torch(torch, again, optimizer, batches, range(60, 90))
+    ours, *_ = train(params, state, range(60, 90))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_pytorch_did_not_train_is_frozen(torch, batches):
+    model = torch_net(torch)
+    model.conv1.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    train_torch(torch, model, optimizer, batches, range(30))
+    shapes, apply, rules = jax_net("linen")
+    params, tx = aj.params_from_torch(model.state_dict(), shapes, **rules), aj.by_path({"Conv_0/.*": "frozen"}, aj.adam(1e-3))
+    trained = {name: path for name, path in rules["mapping"].items() if name != "conv1"}
+    state = aj.from_torch(optimizer.state_dict(), tx, params, names=names, **rules | {"mapping": trained})
+    assert state.inner_states["default"][0].mu["Conv_0"]["kernel"] == optax.MaskedNode()
+    theirs = train_torch(torch, model, optimizer, batches, range(30, 60))
+    ours, *_ = trainer(apply, tx, batches)(params, state, range(30, 60))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 # Other optimizers
 
 
@@ -446,7 +513,7 @@ def test_refuses_states_that_are_not_whole():
 def test_refuses_another_optimizer():
     with refused(ValueError, "tx has a maximum of the raw ν, corrected later, which the state dict has not"):
         moved(tx=aj.amsgrad(1.0, maximum="raw"))
-    with refused(ValueError, "found the decay 0.999 of nu in param_groups, and 0.99 in tx"):
+    with refused(ValueError, "found the decay 0.999 of nu in the param_group of fc.weight, and 0.99 in tx"):
         moved(tx=aj.adam(1.0, b2=0.99))
     buffers = {i: its | {"max_exp_avg_sq": its["exp_avg_sq"]} for i, its in saved()["state"].items()}
     with refused(ValueError, "a maximum of the raw ν, corrected later (max_exp_avg_sq), which tx has not"):
@@ -460,6 +527,48 @@ def test_refuses_another_optimizer():
     tx = aj.adam_mini(1.0)
     with refused(ValueError, "to_torch: at dense/kernel found the shape (1, 3); expected (2, 3)"):
         aj.to_torch(tx.init(PARAMS), tx, saved(), names=NAMES, mapping=TABLE)
+
+
+def test_settings_of_groups_are_those_of_their_leaves():
+    adam = aj.adamw(1e-3, weight_decay=0.1)
+    tx = aj.by_path({"dense/kernel": {"eps": 1e-6}, "norm/.*": {"weight_decay": 0.0, "b2": 0.99}}, adam)
+    groups = [
+        {"params": [0], "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1},
+        {"params": [1], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
+        {"params": [2], "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0},
+    ]
+    state_dict = saved() | {"param_groups": groups}
+    state = moved(state_dict, tx)
+    np.testing.assert_allclose(state.inner_states["norm/.*"][0].weights[0, 1], 1 - 0.99**5, rtol=1e-6)
+    np.testing.assert_allclose(state.inner_states["default"][0].weights[0, 1], 1 - 0.999**5, rtol=1e-6)
+    back = aj.to_torch(state, tx, state_dict, names=NAMES, mapping=TABLE)
+    jax.tree.map(np.testing.assert_array_equal, back, state_dict)
+
+    for i, changes, says in [
+        (0, {"eps": 1e-8}, "found eps=1e-08 in the param_group of fc.weight, and 1e-06 in tx"),
+        (1, {"weight_decay": 0}, "found weight_decay=0 in the param_group of fc.bias, and 0.1 in tx"),
+        (2, {"weight_decay": 0.1}, "found weight_decay=0.1 in the param_group of norm.weight, and 0.0 in tx"),
+        (2, {"betas": (0.9, 0.999)}, "found the decay 0.999 of nu in the param_group of norm.weight, and 0.99 in tx"),
+    ]:
+        with refused(ValueError, says):
+            moved(state_dict | {"param_groups": [group | changes if i == j else group for j, group in enumerate(groups)]}, tx)
+    for decoupled, decay in [(True, "l2"), (False, "lr")]:
+        with refused(ValueError, f"found decoupled_weight_decay={decoupled}", f"and {not decoupled} in tx"):
+            its = aj.adamw(1e-3, weight_decay=0.1, decay=decay)
+            moved(saved(weight_decay=0.1, decoupled_weight_decay=decoupled), its)
+
+
+def test_frozen_leaves_have_no_state_to_take():
+    tx = aj.by_path({"norm/.*": "frozen"}, aj.adam(1e-3))
+    state_dict = saved()
+    with refused(ValueError, "left over the state of norm.weight, of which tx keeps none", "convert_state"):
+        moved(state_dict, tx)
+    del state_dict["state"][2]  # it never had a gradient
+    state = moved(state_dict, tx)
+    state_dict["param_groups"][0]["params"] = [0, 1]  # nor was it given to the optimizer
+    jax.tree.map(np.testing.assert_array_equal, state, moved(state_dict, tx, names=NAMES[:2]))
+    back = aj.to_torch(state, tx, state_dict, names=NAMES[:2], mapping=TABLE)
+    jax.tree.map(np.testing.assert_array_equal, back, state_dict)
 
 
 def test_loads_no_files_and_takes_no_objects():
@@ -477,10 +586,10 @@ def test_loads_no_files_and_takes_no_objects():
 
 
 SETTINGS = {
-    "eps": ({"eps": 0.5}, "found eps=0.5 in param_groups, and 1e-08 in tx"),
-    "weight decay": ({"weight_decay": 0.1}, "found weight_decay=0.1 in param_groups, and 0.0 in tx"),
-    "ascent": ({"maximize": True}, "found maximize=True in param_groups"),
-    "amsgrad": ({"amsgrad": True}, "found amsgrad=True in param_groups, and False in tx"),
+    "eps": ({"eps": 0.5}, "found eps=0.5 in the param_group of w, and 1e-08 in tx"),
+    "weight decay": ({"weight_decay": 0.1}, "found weight_decay=0.1 in the param_group of w, and 0.0 in tx"),
+    "ascent": ({"maximize": True}, "found maximize=True in the param_group of w"),
+    "amsgrad": ({"amsgrad": True}, "found amsgrad=True in the param_group of w, and False in tx"),
 }
 
 
