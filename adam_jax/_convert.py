@@ -7,19 +7,20 @@ Adam, of (g − μ)² in AdaBelief, and a maximum in AdaMax, each in a field `nu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.scipy.special import xlogy
 
 from adam_jax._bias import LookAheadState, RectifyState, correct_bias
 from adam_jax._hyperparams import Hyperparameter, complement
-from adam_jax._moments import NU_RULES, block_mean, by_leaf, grow, track_moments
-from adam_jax._paths import paths
+from adam_jax._moments import NU_RULES, block_mean, grow, track_moments
+from adam_jax._paths import paths, some
 from adam_jax._refine import keep_maximum, mix_slow_mean
 from adam_jax._transformation import Transformation, is_transformation, rewrapped, show, wrapped
 from adam_jax._tree import PyTree, lerp, over
@@ -27,6 +28,9 @@ from adam_jax.storage import Resting, narrow_to_nearest, put_back, take_out
 
 BOOKKEEPING = ("count", "step", "hyperparams", "scales", "weights", "inner_state", "inner_states")
 """The fields that are no memory: they follow from the run or from the fields beside them."""
+
+COLUMNS = ("mu", "nu")
+"""The moments that have weights, in the order of these."""
 
 NU_MEANINGS = {
     "square": "the mean of squared {}",
@@ -86,8 +90,13 @@ def convert_state(
     ν becomes that of a block it is its mean, and a block's is spread over its elements. A fresh ν beside a μ that is kept starts
     as if μ had come once as a gradient: a quotient of an old μ and a ν that has seen one gradient has no bound.
 
-    Stages of this package are matched wherever they stand in chains of it and in its own wrappers. A transformation of others
-    keeps its state where the same one stands on both sides. Works under `jax.jit` (return `.state`: the report is no array).
+    Stages of this package are matched wherever they stand in chains of it and in its own wrappers, and moments leaf by leaf, so
+    that groups of `by_path` may come, go and change: a leaf that thaws starts afresh beside others that go on. Where leaves of
+    one group have then gathered different weights, those of its state have an entry a leaf, as after `reset`: a jitted step is
+    compiled once more. Under `jax.jit`, which does not know their values, that is so wherever leaves of two groups come together.
+
+    A transformation of others keeps its state where the same one stands on both sides. Works under `jax.jit` (return `.state`:
+    the report is no array).
 
     Args:
       state: a state that `from_tx` made.
@@ -139,12 +148,35 @@ class Part(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """A moment on its way: the part that it comes from, its field, its leaves, and the weight that it has gathered, if known."""
+    """A moment of the old configuration: the part that has it, its field, its leaves by path, and those that nobody took yet."""
 
     part: Part
     field: str
-    leaves: list[Resting]
-    weight: Array | None
+    leaves: dict[str, _Source]
+    left: dict[str, _Source]
+
+
+class _Source(NamedTuple):
+    """A leaf on its way: the part that it comes from, its field, its place among the leaves, and its form at rest."""
+
+    part: Part
+    field: str
+    row: int
+    at_rest: Resting
+
+    def its(self, value: Array, ndim: int) -> Array:
+        """Of a value of `ndim` dimensions this leaf's, where there is one a leaf."""
+        return value if value.ndim == ndim else value[..., self.row]
+
+    @property
+    def weight(self) -> Array:
+        """What the moment has gathered, as two floats."""
+        return self.its(self.part.state.weights, 2)[:, COLUMNS.index(self.field)]
+
+    @property
+    def divisor(self) -> Array:
+        """What divides the moment to correct its bias, not 0."""
+        return jnp.where(self.weight[0] > 0, self.weight[0], 1)
 
 
 def walk(tx: Any, state: Any, place: str = "", group: str = "") -> Iterator[tuple[str, str, Any, Any]]:
@@ -182,7 +214,7 @@ class Side:
         for place, group, part, its in walk(tx, state):
             build, said, flow = None, {}, None
             if group != where:
-                where, source, nu, corrected = group, f"gradients{_of(group)}", "", False
+                where, source, nu, corrected = group, "gradients", "", False
             if isinstance(part, Transformation):
                 build, said = part.init.spec.build, part.init.spec.arguments.arguments
                 # A wrapper's flow is that of what is inside, which comes next.
@@ -216,14 +248,15 @@ class _Conversion:
         self.misfits: list[Entry] = []
         self.partners = {part.key: part for part in old.parts}
         self.unpaired = dict(self.partners)
-        self.memories: list[tuple[str, _Memory]] = []
-        self.moments: dict[str, _Memory | None] = {}
+        self.read: set[tuple[str, str, int]] = set()
+        self.memories: list[_Memory] = []
+        self.moments: dict[str, list[_Source | None]] = {}
         for part in old.parts:
-            for field, what in part.meanings.items():
-                leaves = take_out(field, getattr(part.state, field), part.state.scales)
-                column = {"mu": 0, "nu": 1}.get(field)
-                weight = None if column is None else part.state.weights[:, column]
-                self.memories.append((what, _Memory(part, field, leaves, weight)))
+            for field in part.meanings:
+                tree = getattr(part.state, field)
+                at_rest = zip(paths(tree), take_out(field, tree, part.state.scales), strict=True)
+                leaves = {path: _Source(part, field, row, leaf) for row, (path, leaf) in enumerate(at_rest)}
+                self.memories.append(_Memory(part, field, leaves, dict(leaves)))
         # A count that serves random bits alone is not the step that schedules have reached.
         read = [part for part in old.parts if _is_ours(part, "hyperparams")] or old.parts
         counts = [getattr(part.state, name) for part in read for name in ("count", "step") if _is_ours(part, name)]
@@ -252,11 +285,11 @@ class _Conversion:
                 record = {name: v for name, v in (theirs or {}).items() if name != "nu_init"}
                 new[field] = {name: jnp.asarray(record.get(name, v)).astype(v.dtype) for name, v in value.items()}
             elif field == "weights":
-                new[field] = self._weights(part, value if theirs is None else theirs.astype(value.dtype))
+                new[field] = self._weights(part)
             elif isinstance(part.state, LookAheadState) and field == "weight":
-                new[field] = self._look_ahead(part, theirs)
+                new[field] = self._look_ahead(part)
             elif isinstance(part.state, RectifyState) and field == "age":
-                new[field] = self._age(part, theirs)
+                new[field] = self._age(part)
             elif field not in BOOKKEEPING:
                 new[field] = self._alike(part, partner, field, value, theirs)
         if "scales" in part.state._fields:
@@ -265,8 +298,8 @@ class _Conversion:
 
     def dropped(self) -> tuple[Entry, ...]:
         """What of the old configuration no part of the new one took."""
-        found = [self._entry(memory.part, memory.field, what) for what, memory in self.memories]
-        for part in self.unpaired.values():
+        found = [self._entry(*memory[:2], note=_part_of(memory.left, memory.leaves)) for memory in self.memories if memory.left]
+        for part in (part for key, part in self.unpaired.items() if key not in self.read):
             if not isinstance(part.tx, Transformation):
                 if _holds_moments(part.state):
                     raise ValueError(_hidden(part, "from_tx"))
@@ -278,146 +311,147 @@ class _Conversion:
         return tuple(found) + tuple(self.misfits)
 
     def _entry(self, part: Part, field: str, what: str = "", note: str = "") -> Entry:
-        return Entry(
-            f"{part.place}.{field}" if field else part.place,
-            what or f"{field or 'the state'} of {part.key[0]}{_of(part.group)}",
-            note,
-        )
+        what = what or part.meanings.get(field) or f"{field or 'the state'} of {part.key[0]}{_of(part.group)}"
+        return Entry(f"{part.place}.{field}" if field else part.place, what, note)
 
     def _moment(self, part: Part, field: str, scales: Any) -> tuple[PyTree, Any]:
-        """A moment at rest, from the one of the same meaning, and the scales of its state."""
-        what, tree = part.meanings[field], getattr(part.state, field)
-        index = next((i for i, (other, _) in enumerate(self.memories) if other == what), None)
-        self.moments[field] = None if index is None else self.memories.pop(index)[1]
-        memory = self.moments[field]
-        if memory is None:
-            notes = [f"{p.place}.{field} was {p.meanings[field]}" for p in self.partners.values() if field in p.meanings]
-            if field == "nu" and self._beside_mu(part):
+        """A moment at rest, each leaf from the one of the same meaning wherever that was, and the scales of its state."""
+        tree = getattr(part.state, field)
+        its = paths(tree)
+        sources = self.moments[field] = [self._take(part.meanings[field], path) for path in its]
+        leaves, notes = [], []
+        for i, (source, start) in enumerate(zip(sources, take_out(field, tree, scales), strict=True)):
+            if source is not None:
+                leaf, said = _moved(source, start, part, field)
+                notes += said
+            elif self._beside_mu(part, field, i):
+                leaf = self._nu_of_mu(part, i, start)
+            else:
+                leaf = start
+            leaves.append(leaf)
+        if any(sources) or not sources:
+            moved = dict.fromkeys(source.part.place for source in sources if source and source.part.place != part.place)
+            said = [f"from {place}.{field}" for place in moved]
+            self.kept.append(self._entry(part, field, note=", ".join(dict.fromkeys(said + notes))))
+        if fresh := [path for path, source in zip(its, sources, strict=True) if source is None]:
+            notes = [_part_of(fresh, its)]
+            for memory in self.memories:
+                if memory.field == field and memory.leaves.keys() & fresh and memory.part.meanings[field] != part.meanings[field]:
+                    notes.append(f"{memory.part.place}.{field} was {memory.part.meanings[field]}")
+            if any(self._beside_mu(part, field, i) for i in range(len(its))):
                 notes.append("as if μ had been one gradient")
-                tree, scales = put_back(field, tree, scales, self._nu_of_mu(part))
-            self.fresh.append(self._entry(part, field, what, "; ".join(notes)))
-            return tree, scales
-        theirs, ours = paths(getattr(memory.part.state, memory.field)), paths(tree)
-        if theirs != ours:
-            raise ValueError(
-                f"convert_state: {memory.part.place} has {len(theirs)} leaves in from_tx, and {part.place} {len(ours)} in to_tx, "
-                f"of which {sorted({*theirs} ^ {*ours})[0]!r} is in one alone; expected the same parameters in both. Leave the "
-                f"groups' patterns as they were, and change what they do."
-            )
-        whole = part.said.get("nu_delay") and field == "nu" and not memory.part.said.get("nu_delay")
-        divisor = by_leaf(jnp.where(memory.weight[0] > 0, memory.weight[0], 1)) if whole and memory.weight is not None else None
-        notes = ["divided by the weight it had gathered"] if whole else []
-        leaves = []
-        for leaf, like in zip(memory.leaves, jax.tree.leaves(tree), strict=True):
-            if leaf.array.dtype == like.dtype and leaf.array.shape == like.shape and divisor is None:
-                leaves.append(leaf)
-                continue
-            x = leaf.widen()
-            if divisor is not None:
-                x = over(x, divisor())
-            if x.shape != like.shape:
-                block = all(size in (1, old) for size, old in zip(like.shape, x.shape, strict=True))
-                notes.append("the mean over each block" if block else "spread over its block")
-                x = _in_blocks(x, like.shape)
-            if leaf.array.dtype != like.dtype:
-                notes.append(f"{leaf.array.dtype} → {like.dtype}")
-            leaves.append(narrow_to_nearest(x, like, signed=field in ("mu", "mu_slow")))
-        source = f"{memory.part.place}.{memory.field}"
-        moved = [f"from {source}"] if source != f"{part.place}.{field}" else []
-        self.kept.append(self._entry(part, field, what, ", ".join(dict.fromkeys(moved + notes))))
+            self.fresh.append(self._entry(part, field, note="; ".join(filter(None, notes))))
         return put_back(field, tree, scales, leaves)
 
-    def _beside_mu(self, part: Part) -> bool:
-        """Whether a part has a fresh ν, of which the next update is already made, beside a μ that is kept."""
-        kept = "mu" in part.meanings and self.moments["mu"] is not None
-        return kept and "nu" in part.meanings and self.moments["nu"] is None and not part.said["nu_delay"]
+    def _take(self, what: str, path: str) -> _Source | None:
+        """The leaf of a moment of that meaning, once."""
+        memories = (m for m in self.memories if path in m.left and m.part.meanings[m.field] == what)
+        memory = next(memories, None)
+        return None if memory is None else memory.left.pop(path)
 
-    def _nu_of_mu(self, part: Part) -> list[Resting]:
+    def _beside_mu(self, part: Part, field: str, i: int) -> bool:
+        """Whether a leaf has a fresh ν, of which the next update is already made, beside a μ that is kept."""
+        kept = field == "nu" and "mu" in part.meanings and self.moments["mu"][i] is not None
+        return kept and self.moments["nu"][i] is None and not part.said["nu_delay"]
+
+    def _nu_of_mu(self, part: Part, i: int, start: Resting) -> Resting:
         """ν after a step whose gradient was μ, corrected for its bias.
 
         μ/√ν is bounded because both have seen the same gradients. A ν that has seen but the next one would make an update without
         bound where that one happens to be small.
         """
-        memory = self.moments["mu"]
-        assert memory is not None
-        assert memory.weight is not None
-        rule, rate, weight = NU_RULES[part.said["nu_rule"]], self._nu_rate(part), memory.weight[0]
-        divisor = by_leaf(jnp.where(weight > 0, weight, 1))
-        starts = take_out("nu", part.state.nu, part.state.scales)
-        leaves = []
-        for mu, start in zip(memory.leaves, starts, strict=True):
-            g, nu = over(mu.widen(), divisor()), start.widen()
-            seen = _in_blocks(rule.sees(g, jnp.zeros_like(g)), nu.shape).astype(nu.dtype)
-            its = rate.astype(nu.dtype)
-            nu = rule.moves(nu, seen, lambda nu, seen, its=its: lerp(nu, seen, its), 1 - its, its, jnp.zeros_like(its))
-            leaves.append(narrow_to_nearest(nu, start.array, signed=False))
-        return leaves
+        source = self.moments["mu"][i]
+        assert source is not None
+        rule, nu = NU_RULES[part.said["nu_rule"]], start.widen()
+        g = over(source.at_rest.widen(), source.divisor)
+        seen = _in_blocks(rule.sees(g, jnp.zeros_like(g)), nu.shape).astype(nu.dtype)
+        rate = self._nu_rate(part).astype(nu.dtype)
+        nu = rule.moves(nu, seen, lambda nu, seen: lerp(nu, seen, rate), 1 - rate, rate, jnp.zeros_like(rate))
+        return narrow_to_nearest(nu, start.array, signed=False)
 
     def _nu_rate(self, part: Part) -> Array:
         """1 − b2 at the step that the run has reached."""
         count = jnp.zeros((), jnp.int32) if self.count is None else self.count
         return complement(Hyperparameter("b2", part.said["b2"]).at(count), part.state.weights.dtype)
 
-    def _weights(self, part: Part, theirs: Array) -> Array:
+    def _weights(self, part: Part) -> Array:
         """The weights of the moments that `part` has been given, in a tracking stage's two columns; new ones have none."""
         none = part.state.weights[:, 0]
 
         def column(field: str) -> Array:
+            weight = self._gathered(part, field)
             if field not in part.meanings:
-                return theirs[:, ["mu", "nu"].index(field)]
-            memory = self.moments[field]
-            weight = none if memory is None or memory.weight is None else memory.weight.astype(none.dtype)
-            if field == "nu" and self._beside_mu(part):
+                return weight
+            beside = np.array([self._beside_mu(part, field, i) for i in range(len(self.moments[field]))])
+            if beside.any():
                 rate = self._nu_rate(part) if NU_RULES[part.said["nu_rule"]].weighs else jnp.ones_like(none[0])
-                seen = column("mu")
-                weight = jnp.where(seen[:1] > 0, grow(none, rate).reshape(2, *[1] * (seen.ndim - 1)), jnp.zeros_like(seen))
+                mu = self._gathered(part, "mu")
+                seen = jnp.where(mu[0] > 0, grow(none, rate).reshape(2, *[1] * (mu.ndim - 1)), jnp.zeros_like(mu))
+                each = [w if beside.all() or w.ndim > 1 else w[:, None] for w in (seen, weight)]
+                weight = seen if beside.all() else jnp.where(jnp.asarray(beside), each[0], each[1])
             if field == "nu" and part.said["nu_delay"]:
                 weight = jnp.stack([(weight[0] > 0).astype(none.dtype), jnp.zeros_like(weight[1])])
             return weight
 
-        columns = [column("mu"), column("nu")]
+        columns = [column(field) for field in COLUMNS]
         self.leaves: tuple[int, ...] = max((c.shape[1:] for c in columns), key=len)
         self.columns = [self._spread(c, 1) for c in columns]
         return jnp.stack(self.columns, axis=1)
+
+    def _gathered(self, part: Part, field: str) -> Array:
+        """The weight that a moment has gathered, one or one a leaf; that of one `part` has not, where the other comes from."""
+        none = part.state.weights
+        (sources, *_) = (self.moments[its] for its in (field, *COLUMNS) if its in part.meanings)
+        weights = [none if source is None else source.its(source.part.state.weights, 2) for source in sources]
+        return _together(weights, none)[:, COLUMNS.index(field)]
 
     def _spread(self, weight: Array, ndim: int) -> Array:
         """A weight of `ndim` dimensions with an entry a leaf where the moments' own have one."""
         weight = weight[..., None] if self.leaves and weight.ndim == ndim else weight
         return jnp.broadcast_to(weight, weight.shape[:ndim] + self.leaves)
 
-    def _look_ahead(self, part: Part, theirs: Any) -> Array:
+    def _there(self, part: Part, source: _Source) -> Part | None:
+        """The part that did for a leaf, where it comes from, what `part` does."""
+        name, _, nth = part.key
+        key = name, source.part.group, nth
+        self.read.add(key)
+        return self.partners.get(key)
+
+    def _look_ahead(self, part: Part) -> Array:
         """What the look ahead divides by, which has to fit the weight that μ has gathered."""
-        if self.moments.get("mu") is not None:
-            note = "" if theirs is not None else "the weight of μ"
-            self.kept.append(self._entry(part, "weight", "the weight that the look ahead divides by", note))
-            return self._spread(self.columns[0] if theirs is None else theirs.astype(part.state.weight.dtype), 1)
-        return self._spread(part.state.weight, 1)
+        none, weights, notes = part.state.weight, [], {}
+        for i, source in enumerate(self.moments.get("mu", ())):
+            there = source and self._there(part, source)
+            if source is not None:
+                notes["the weight of μ" if there is None else ""] = True
+            mine = self.columns[0] if self.columns[0].ndim == 1 else self.columns[0][:, i]
+            weights.append(none if source is None else mine if there is None else source.its(there.state.weight, 1))
+        if notes:
+            self.kept.append(self._entry(part, "weight", "the weight that the look ahead divides by", "".join(notes)))
+        return self._spread(_together(weights, none), 1)
 
-    def _age(self, part: Part, theirs: Any) -> Array:
-        """The mean age of ν: recorded, or what its weight says at the decay that the old configuration had.
+    def _age(self, part: Part) -> Array:
+        """The mean age of ν: recorded, or what its weight says at the decay that the old configuration had."""
+        none, ages, notes = part.state.age, [], {}
+        weight = self.columns[1].astype(none.dtype)
 
-        A ν of t steps has the weight w = 1 − b2ᵗ and the mean age 1/(1 − b2) − t·b2ᵗ/w, for a young one a difference of large
-        numbers. With x = −log b2, X = t·x and 1/(1 − e⁻ˣ) = 1/x + 1/2 + x/12 − x³/720 …, these cancel.
-        """
-        memory, dtype = self.moments.get("nu"), part.state.age.dtype
-        if memory is None:  # of one step, if of any
-            return (self.columns[1][0] > 0).astype(dtype)
-        self.kept.append(self._entry(part, "age", "the mean age of ν", "" if theirs is not None else "from its weight"))
-        if theirs is not None:
-            return self._spread(theirs.astype(dtype), 0)
-        high, low = self.columns[1].astype(dtype)
-        steps = memory.part.state.count
-        rate = complement(Hyperparameter("b2", memory.part.said["b2"]).at(jnp.maximum(steps - 1, 0)), dtype)
-        left, per_step, in_all = (1 - high) - low, -jnp.log1p(-rate), -jnp.log1p(-high)
-        old = 1 / rate + xlogy(left, left) / (per_step * jnp.where(high > 0, high, 1))
-
-        def cubic(x: Array) -> Array:
-            return x / 12 - x**3 / 720
-
-        t = in_all / per_step
-        young = (t + 1) / 2 + cubic(per_step) - t * cubic(in_all)
-        age = jnp.where(in_all < 0.5, young, old)
-        return jnp.where(high > 0, jnp.clip(age, 1, steps.astype(dtype)), 0)
+        made: dict[Any, Array] = {}  # so that leaves which have one age in common have the same one
+        for i, source in enumerate(self.moments.get("nu", ())):
+            there = source and self._there(part, source)
+            if source is not None:
+                notes["from its weight" if there is None else ""] = True
+            if source is not None and there is not None:
+                ages.append(source.its(there.state.age, 0))
+                continue
+            key = source and source.part.place, i if weight.ndim > 1 else None
+            if key not in made:
+                high, low = weight if weight.ndim == 1 else weight[:, i]
+                # Of one step, if of any.
+                made[key] = (high > 0).astype(none.dtype) if source is None else _age_of(high, low, source.part)
+            ages.append(made[key])
+        if notes:
+            self.kept.append(self._entry(part, "age", "the mean age of ν", "".join(notes)))
+        return self._spread(_together(ages, none), 0)
 
     def _alike(self, part: Part, partner: Part | None, field: str, value: Any, theirs: Any) -> Any:
         """What a stage remembers that is no moment: kept where its partner has it in the same form."""
@@ -449,6 +483,62 @@ class _Conversion:
             self.unpaired[partner.key] = partner
         self.fresh.append(Entry(part.place, what))
         return part.state
+
+
+def _moved(source: _Source, like: Resting, part: Part, field: str) -> tuple[Resting, list[str]]:
+    """A leaf at rest as `part` keeps it, and what was done to it."""
+    array, start = source.at_rest.array, like.array
+    whole = field == "nu" and part.said["nu_delay"] and not source.part.said["nu_delay"]
+    if array.dtype == start.dtype and array.shape == start.shape and not whole:
+        return source.at_rest, []
+    x, notes = source.at_rest.widen(), []
+    if whole:
+        x = over(x, source.divisor)
+        notes.append("divided by the weight it had gathered")
+    if x.shape != start.shape:
+        block = all(size in (1, old) for size, old in zip(start.shape, x.shape, strict=True))
+        notes.append("the mean over each block" if block else "spread over its block")
+        x = _in_blocks(x, start.shape)
+    if array.dtype != start.dtype:
+        notes.append(f"{array.dtype} → {start.dtype}")
+    return narrow_to_nearest(x, start, signed=field in ("mu", "mu_slow")), notes
+
+
+def _age_of(high: Array, low: Array, old: Part) -> Array:
+    """The mean age of a ν of the weight high + low.
+
+    A ν of t steps has the weight w = 1 − b2ᵗ and the mean age 1/(1 − b2) − t·b2ᵗ/w, for a young one a difference of large
+    numbers. With x = −log b2, X = t·x and 1/(1 − e⁻ˣ) = 1/x + 1/2 + x/12 − x³/720 …, these cancel.
+    """
+    steps = old.state.count
+    rate = complement(Hyperparameter("b2", old.said["b2"]).at(jnp.maximum(steps - 1, 0)), high.dtype)
+    left, per_step, in_all = (1 - high) - low, -jnp.log1p(-rate), -jnp.log1p(-high)
+    long = 1 / rate + xlogy(left, left) / (per_step * jnp.where(high > 0, high, 1))
+
+    def cubic(x: Array) -> Array:
+        return x / 12 - x**3 / 720
+
+    t = in_all / per_step
+    young = (t + 1) / 2 + cubic(per_step) - t * cubic(in_all)
+    age = jnp.where(in_all < 0.5, young, long)
+    return jnp.where(high > 0, jnp.clip(age, 1, steps.astype(high.dtype)), 0)
+
+
+def _together(values: Sequence[Array], none: Array) -> Array:
+    """The one value that all leaves have, or an entry a leaf; `none` where there are no leaves."""
+    first = values[0] if values else none
+
+    def same(value: Array) -> bool:
+        known = not isinstance(value, jax.core.Tracer) and not isinstance(first, jax.core.Tracer)
+        return value is first or (known and np.array_equal(value, first))
+
+    return (first if all(map(same, values)) else jnp.stack(values, axis=-1)).astype(none.dtype)
+
+
+def _part_of(some_paths: Iterable[str], of: Collection[str]) -> str:
+    """Which leaves it concerns, if not all."""
+    found = list(some_paths)
+    return f"of {some(found)}" if len(found) < len(of) else ""
 
 
 def _in_blocks(nu: Array, shape: tuple[int, ...]) -> Array:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from adam_jax._memories import KINDS, Run, fill, first_state, memories, read, same_kinds, same_leaves, some, trained
-from adam_jax._paths import RAW, path_of
+from adam_jax._memories import KINDS, Run, fill, first_state, memories, read, same_kinds, same_leaves, trained
+from adam_jax._paths import RAW, path_of, some
 from adam_jax._tree import PyTree, takes_part
 
 MOMENTS: dict[str, dict[str, str]] = {

@@ -17,8 +17,8 @@ import numpy as np
 
 from adam_jax._bias import LookAheadState
 from adam_jax._describe import describe
-from adam_jax._memories import Run, decays, fill, first_state, memories, read, same_kinds, same_leaves, some, trained
-from adam_jax._paths import path_of
+from adam_jax._memories import Run, decays, fill, first_state, memories, read, same_kinds, same_leaves, trained
+from adam_jax._paths import path_of, some
 from adam_jax._transformation import Transformation
 from adam_jax._tree import PyTree
 from adam_jax.groups import by_path, labels, only

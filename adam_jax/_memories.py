@@ -17,7 +17,7 @@ from jax import Array
 from adam_jax._bias import LookAheadState, correct_bias
 from adam_jax._convert import Part, Side, rebuilt
 from adam_jax._moments import track_moments
-from adam_jax._paths import path_of
+from adam_jax._paths import path_of, some
 from adam_jax._reset import SIGNED
 from adam_jax._transformation import Context, Transformation, is_transformation, show, take_step
 from adam_jax._tree import PyTree, as_wide, dtype_of, takes_part
@@ -232,11 +232,6 @@ def same_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], who: str)
     for path, like in expected.items():
         if jnp.shape(found[path]) != like.shape:
             raise ValueError(f"{who}: at {path} found the shape {jnp.shape(found[path])}; expected {like.shape}.")
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of many."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _follows(parts: Sequence[Part], params: PyTree, count: Any) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -49,6 +50,11 @@ def paths(tree: PyTree) -> list[str]:
         for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
         for inside, _ in jax.tree_util.tree_flatten_with_path(node)[0]
     ]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def is_box(node: Any) -> bool:
