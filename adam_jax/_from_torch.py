@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax._bias import LookAheadState
-from adam_jax._describe import describe
-from adam_jax._memories import Run, decays, fill, first_state, memories, read, same_kinds, same_leaves, trained
+from adam_jax._describe import Leaf, describe
+from adam_jax._memories import Run, decays, fill, first_state, memories, read, same_kinds, same_leaves, trained, whole
 from adam_jax._paths import path_of, some
 from adam_jax._transformation import Transformation
-from adam_jax._tree import PyTree
+from adam_jax._tree import PyTree, dtype_of
 from adam_jax.groups import by_path, labels, only
 
 Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -92,6 +93,8 @@ def from_torch(
     leaves = trained(params)
     held = {path for its in ours.values() for memory in its for path in memory.leaves}
     pairs = _pairs(called.values(), leaves, mapping, transpose, who, still=leaves.keys() - held)
+    if extra := [str(i) for i in entries if i not in called]:
+        raise ValueError(f"{who}: left over the state of {some(extra)}, parameters which no group has.")
     of = {name: entries.get(i, {}) for i, name in called.items() if name in pairs}
     if blank := [name for name, entry in of.items() if not entry and pairs[name].path in held]:
         raise ValueError(
@@ -125,9 +128,12 @@ def from_torch(
         for name, entry in of.items():
             if entry.get(field) is not None:
                 pair = pairs[name]
-                its[pair.path] = jnp.array(pair.into(entry[field], leaves[pair.path], who))
-    steps = _steps({name: entry.get("step") for name, entry in of.items()}, count, who)
-    return fill(tx, params, Run(steps, steps, moments), who)
+                moment = pair.into(entry[field], leaves[pair.path], who)
+                if kinds[field] not in ("mu", "trace") and (moment < 0).any():
+                    raise ValueError(f"{who}: {name}: found {field} below 0, which no mean of squares is.")
+                its[pair.path] = jnp.array(moment.astype(np.float32) if moment.dtype.kind in "biu" else moment)
+    steps = _steps({pairs[name].path: entry.get("step") for name, entry in of.items()}, count, who)
+    return fill(tx, params, Run(steps, max(steps.values(), default=0), moments), who)
 
 
 def to_torch(
@@ -168,9 +174,15 @@ def to_torch(
     leaves, *others = run.moments.values()
     for its in others:
         same_leaves(its, leaves, who)
-    called = _called(groups, names, who)
+    frozen = list(_frozen(tx))
+
+    def is_trained(name: str) -> bool:
+        options = _options(_target(name, mapping, who) or "")
+        return not any(re.fullmatch(pattern, path) for pattern in frozen for path in options)
+
+    called = {i: name for i, name in _called(groups, names, who).items() if is_trained(name)}
     pairs = _pairs(called.values(), leaves, mapping, transpose, who)
-    by_group = [(group, [pairs[called[i]] for i in group["params"] if called[i] in pairs]) for group in groups]
+    by_group = [(group, [pairs[called[i]] for i in group["params"] if called.get(i) in pairs]) for group in groups]
     _expect_decays(by_group, decays(tx, state, who), who)
     also = {} if "dampening" in groups[0] else {"step": np.float32(run.count)}
     also |= {"mu_product": np.float32(1 - run.ahead)} if run.ahead is not None else {}
@@ -189,7 +201,7 @@ def params_from_torch(
 
     Args:
       state_dict: `model.state_dict()`, or a part of it such as `dict(model.named_parameters())`; tensors or arrays. PyTorch's
-        "num_batches_tracked" has no place in JAX and is left out.
+        "num_batches_tracked" has no place in JAX and is left out. Of weights that are tied several names may lead to one leaf.
       params: a tree of the parameters' shapes and dtypes, whatever their values: of dicts, of NNX, an Equinox module's arrays.
       mapping: as in `from_torch`.
       transpose: as in `from_torch`.
@@ -204,8 +216,14 @@ def params_from_torch(
     who = "params_from_torch"
     _expect_table(state_dict, who)
     leaves = _by_path(params)
-    pairs = _pairs(state_dict, leaves, mapping, transpose, who)
-    found = {pair.path: pair.into(state_dict[name], leaves[pair.path], who) for name, pair in pairs.items()}
+    found: dict[str, np.ndarray] = {}
+    for name, pair in _pairs(state_dict, leaves, mapping, transpose, who, tied=True).items():
+        array = pair.into(state_dict[name], leaves[pair.path], who)
+        if not np.array_equal(found.setdefault(pair.path, array), array, equal_nan=True):
+            raise ValueError(
+                f"{who}: found that {name!r} and another name are both mapped to {pair.path}, and differ; expected one for each "
+                f"leaf, or weights that are tied."
+            )
     return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.array(found[path_of(path)], leaf.dtype), params)
 
 
@@ -234,7 +252,7 @@ def params_to_torch(
     _expect_table(like, who)
     leaves = _by_path(params)
     found = dict(like)
-    for name, pair in _pairs(like, leaves, mapping, transpose, who).items():
+    for name, pair in _pairs(like, leaves, mapping, transpose, who, tied=True).items():
         pair.into(like[name], leaves[pair.path], who)  # the same shapes, or an error that says which
         leaf = leaves[pair.path]
         # PyTorch takes no array in a dtype of ml_dtypes.
@@ -256,6 +274,8 @@ def after_flatten(shape: Sequence[int]) -> tuple[Convert, Convert]:
     Returns:
       A pair of functions: (out, channels·height·width) to (height·width·channels, out), and back.
     """
+    if not isinstance(shape, (tuple, list)) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"after_flatten: found {shape!r}; expected the sizes that PyTorch flattens, such as (16, 4, 4).")
     channels, *sizes = shape
     n = len(sizes)
 
@@ -289,6 +309,8 @@ class _Pair(NamedTuple):
     def into(self, tensor: Any, leaf: Any, who: str) -> np.ndarray:
         """PyTorch's array as ours lies."""
         x = _array(tensor, self.name, who)
+        if x.dtype.kind == "c" and not jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
+            raise ValueError(f"{who}: {self.name}: found {x.dtype}; expected real numbers, as {self.path} has.")
         try:
             y = self.there(x)
         except ValueError:
@@ -307,14 +329,18 @@ def _array(x: Any, name: str, who: str) -> np.ndarray:
     if "sparse" in str(getattr(x, "layout", "")):
         raise ValueError(f"{who}: {name}: found a sparse tensor; expected a dense one: x.to_dense().")
     if hasattr(x, "detach"):
-        x = x.detach().cpu()
         try:
-            return np.asarray(x.numpy())
-        except TypeError:  # bfloat16, which NumPy does not have
-            return np.asarray(x.float().numpy())
-    if not hasattr(x, "__array__") and not isinstance(x, (int, float)):
-        raise TypeError(f"{who}: {name}: found {x!r} of type {type(x).__name__}; expected a tensor or an array.")
-    return np.asarray(x)
+            x = x.detach().cpu().resolve_neg().resolve_conj()
+            return np.asarray((x.float() if "bfloat16" in str(x.dtype) else x).numpy())  # NumPy does not have bfloat16
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            raise TypeError(
+                f"{who}: {name}: found a tensor that is no array, {error}; expected a dense one in memory."
+            ) from error
+    found = np.asarray(x) if hasattr(x, "__array__") or isinstance(x, (int, float)) else None
+    if found is None or not (found.dtype.kind in "biufc" or jnp.issubdtype(found.dtype, jnp.floating)):
+        said = x if found is None else f"an array of {found.dtype}"
+        raise TypeError(f"{who}: {name}: found {said!r} of type {type(x).__name__}; expected a tensor or an array of numbers.")
+    return found
 
 
 def _expect_table(state_dict: Any, who: str) -> None:
@@ -329,16 +355,33 @@ def _optimizer(state_dict: Any, who: str) -> tuple[list[Any], Mapping[int, Any]]
     """The groups and the entries of an optimizer's state dict."""
     _expect_table(state_dict, who)
     if not {"state", "param_groups"} <= state_dict.keys():
+        inside = next((key for key, its in state_dict.items() if isinstance(its, Mapping) and "param_groups" in its), None)
+        hint = "Weights are for params_from_torch." if inside is None else f"Pass what is in [{inside!r}]."
         raise ValueError(
-            f"{who}: found a dict of {some(list(state_dict))}; expected 'state' and 'param_groups', as optimizer.state_dict() "
-            f"has them. Weights are for params_from_torch."
+            f"{who}: found a dict of {some(list(map(str, state_dict))) or 'nothing'}; expected 'state' and 'param_groups', as "
+            f"optimizer.state_dict() has them. {hint}"
         )
-    return list(state_dict["param_groups"]), state_dict["state"]
+    groups, entries = state_dict["param_groups"], state_dict["state"]
+    whole = isinstance(groups, (list, tuple)) and all(isinstance(its, Mapping) and "params" in its for its in groups)
+    if not whole or not groups or not isinstance(entries, Mapping) or not all(isinstance(e, Mapping) for e in entries.values()):
+        raise ValueError(
+            f"{who}: found param_groups or a state that are not PyTorch's; expected a list of dicts with 'params', and a dict of "
+            f"dicts by parameter number, as optimizer.state_dict() has them."
+        )
+    if strings := [key for key in entries if isinstance(key, str)]:
+        raise ValueError(
+            f"{who}: found the parameter numbers {some(list(map(repr, strings)))}; expected integers. JSON makes strings of "
+            f"them: {{int(i): its for i, its in state.items()}}."
+        )
+    return list(groups), entries
 
 
 def _called(groups: list[Any], names: Sequence[str] | None, who: str) -> dict[int, str]:
     """The names by the numbers that PyTorch gives to parameters."""
     numbers = [i for group in groups for i in group["params"]]
+    strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if names is not None and not strings:
+        raise TypeError(f"{who}: names: found {names!r}; expected a list of strings.")
     if names is None:
         if any("param_names" not in group for group in groups):
             raise ValueError(
@@ -371,7 +414,10 @@ def _kept(groups: list[Any], ours: Iterable[str]) -> list[str]:
 def _expect_decays(groups: Groups, ours: Mapping[str, Mapping[str, Any]], who: str) -> None:
     """Refuses decays that are not those of `tx`: bias would be corrected wrongly for moments that others have weighed."""
     for group, pairs in groups:
-        first, second = group.get("betas", (group.get("alpha"),) * 2)
+        betas = group.get("betas", (group.get("alpha"),) * 2)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"{who}: found betas={betas!r} in param_groups; expected a pair.")
+        first, second = betas
         theirs = {"mu": first, "nu": second, "infinity": second, "trace": group.get("momentum")}
         for kind, pair in itertools.product(ours, pairs):
             value = ours[kind].get(pair.path)
@@ -385,7 +431,8 @@ def _expect_decays(groups: Groups, ours: Mapping[str, Mapping[str, Any]], who: s
 def _expect_settings(groups: Groups, tx: Any, params: PyTree, who: str) -> None:
     """Refuses what else makes steps others than those of `tx`; a learning rate may change."""
     settings = dict(_settings(tx, params))
-    decays = {leaf.path: leaf.decay for leaf in describe(tx, params).leaves}
+    leaves = {leaf.path: leaf for leaf in describe(tx, params).leaves}
+    _expect_rates(groups, leaves, who)
     for group, pairs in groups:
         # What others than AdamW do with a decay that is 0 does not matter.
         decoupled = group.get("decoupled_weight_decay") if group.get("weight_decay") else None
@@ -394,9 +441,14 @@ def _expect_settings(groups: Groups, tx: Any, params: PyTree, who: str) -> None:
             said = settings.get(pair.path, {})
             # Where a member has no such argument it does as with 0.
             ours = {key: said.get(key, 0 if key in ("maximize", "dampening") else None) for key in theirs}
-            ours |= {"weight_decay": decays[pair.path]}
-            if said.get("decay") in ("lr", "l2"):
-                ours["decoupled_weight_decay"] = said["decay"] == "lr"
+            ours |= {"weight_decay": leaves[pair.path].decay, "decoupled_weight_decay": _decoupled(leaves[pair.path].stages)}
+            rectifies, its = "rectify" in leaves[pair.path].stages, _rectifies(group)
+            if its not in (None, rectifies):
+                theirs_is, ours_is = ("RAdam's", "does not rectify") if its else ("Adam's", "rectifies")
+                raise ValueError(
+                    f"{who}: the param_group of {pair.name} is {theirs_is}, and tx {ours_is}; expected the same optimizer, see "
+                    f"presets.torch."
+                )
             for key, value in ours.items():
                 if _differ(theirs[key], value):
                     raise ValueError(
@@ -405,10 +457,48 @@ def _expect_settings(groups: Groups, tx: Any, params: PyTree, who: str) -> None:
                     )
 
 
+def _expect_rates(groups: Groups, leaves: Mapping[str, Leaf], who: str) -> None:
+    """Refuses learning rates of groups in other proportions; what they are in all may change."""
+    rates = [
+        (float(group["lr"]), leaves[pair.path].rate, pair.name) for group, pairs in groups if "lr" in group for pair in pairs
+    ]
+    known = [(theirs, ours, name) for theirs, ours, name in rates if isinstance(ours, float) and theirs > 0 and ours > 0]
+    for theirs, ours, name in known[1:]:
+        first_of_theirs, first_of_ours, first = known[0]
+        if _differ(theirs / first_of_theirs, ours / first_of_ours):
+            raise ValueError(
+                f"{who}: found that lr is {first_of_theirs:g} for {first} and {theirs:g} for {name}, and in tx {first_of_ours:g} "
+                f"and {ours:g}; expected the same proportion. Give the groups of by_path a learning_rate_multiplier."
+            )
+
+
+def _decoupled(stages: Sequence[str]) -> bool | None:
+    """Whether weight decay comes behind the moments; `None` where there is none, or none to know."""
+    if "add_decayed_weights" not in stages or "track_moments" not in stages:
+        return None
+    return stages.index("add_decayed_weights") > stages.index("track_moments")
+
+
+def _rectifies(group: Mapping[str, Any]) -> bool | None:
+    """Whether a group is RAdam's, as far as its settings say so."""
+    if "amsgrad" in group or "momentum_decay" in group:
+        return False
+    return True if {"betas", "decoupled_weight_decay", "foreach"} <= group.keys() else None
+
+
 def _differ(theirs: Any, ours: Any) -> bool:
     """Whether two settings are numbers, and not the same."""
     both = all(isinstance(value, (bool, int, float)) for value in (theirs, ours))
     return both and not math.isclose(theirs, ours, rel_tol=1e-6)
+
+
+def _frozen(tx: Any) -> Iterator[str]:
+    """The patterns of groups that are frozen."""
+    spec = tx.init.spec if isinstance(tx, Transformation) else None
+    if spec is not None and spec.build is by_path:
+        yield from (pattern for pattern, group in spec.arguments.arguments["groups"].items() if isinstance(group, str))
+    for part in () if spec is None else (*spec.stages, *spec.inner.values()):
+        yield from _frozen(part)
 
 
 def _settings(tx: Any, params: PyTree) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -429,24 +519,19 @@ def _settings(tx: Any, params: PyTree) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from found.items() if inside else ((path, said) for path in found)
 
 
-def _steps(found: Mapping[str, Any], count: int | None, who: str) -> int:
-    """The one number of steps that all parameters have taken."""
-    numbers = {name: int(_array(step, name, who)) for name, step in found.items() if step is not None}
+def _steps(found: Mapping[str, Any], count: int | None, who: str) -> dict[str, int]:
+    """The number of steps that each parameter has taken, by path."""
+    numbers = {path: whole(_array(step, f"the step of {path}", who), who) for path, step in found.items() if step is not None}
     if len(numbers) not in (0, len(found)):
         raise ValueError(
-            f"{who}: found no step of {some([name for name in found if name not in numbers])}; expected one for all."
+            f"{who}: found no step of {some([path for path in found if path not in numbers])}; expected one for all."
         )
-    (first, step), *_ = [*numbers.items(), ("", count)]
-    if other := next((name for name, number in numbers.items() if number != step), None):
-        raise ValueError(
-            f"{who}: found step {step} of {first!r} and {numbers[other]} of {other!r}; expected that all parameters have taken "
-            f"the same: a state of ours has one count. Move those that differ in a transformation of their own (optax.partition)."
-        )
-    if step is None:
+    if not numbers and count is None:
         raise ValueError(f"{who}: the state keeps no step. Give the number of steps taken: from_torch(…, count=1000).")
-    if count not in (None, step):
+    if numbers and count not in (None, *numbers.values()):
+        step = next(iter(numbers.values()))
         raise ValueError(f"{who}: found count={count}, and step {step} in the state; expected none where the state has one.")
-    return step
+    return numbers or dict.fromkeys(found, whole(count, who))
 
 
 def _pairs(
@@ -456,20 +541,24 @@ def _pairs(
     transpose: Layouts | None,
     who: str,
     still: Set[str] = frozenset(),
+    tied: bool = False,
 ) -> dict[str, _Pair]:
-    """Parameters of PyTorch with their leaves, by name, but for those that are left out; the leaves in `still` may have none."""
+    """Parameters of PyTorch with their leaves, by name, but for those that are left out.
+
+    The leaves in `still` may have no name, and where they may be `tied` several.
+    """
     found: dict[str, _Pair] = {}
     taken: dict[str, str] = {}
-    lost, unused = [], {key for table in (mapping, transpose) if isinstance(table, Mapping) for key in table}
+    _expect_rules(mapping, transpose, who)
+    lost, unused = [], set(transpose) if isinstance(transpose, Mapping) else set()
     for name in names:
-        starts = [name[:i] for i in range(len(name) + 1) if name[i : i + 1] in (".", "")]
-        unused -= set(starts)
-        target = _target(name, starts, mapping)
+        unused -= {name}
+        target = _target(name, mapping, who)
         path = target and next((path for path in _options(target) if path in leaves), None)
         if path is None:
             lost += [name] if target and not name.endswith("num_batches_tracked") else []
             continue
-        if path in taken:
+        if path in taken and not tied:
             raise ValueError(
                 f"{who}: found that {taken[path]!r} and {name!r} are both mapped to {path}; expected one for each leaf."
             )
@@ -483,17 +572,34 @@ def _pairs(
             f"{who}: {'; '.join(says)}. Give mapping=, a table or a function from PyTorch's names to paths in the parameters, "
             f"and to None for what has no place there."
         )
-    if unused:
-        raise ValueError(f"{who}: found {some(sorted(unused))} in mapping or transpose, which is no name of PyTorch's here.")
+    # A table may serve other calls too: what leads to a leaf that has no name here is known elsewhere.
+    unknown = [name for name in sorted(unused) if not {*_options(_target(name, mapping, who) or "")} & still]
+    if unknown:
+        raise ValueError(
+            f"{who}: found {some(unknown)} in transpose, which is no name of PyTorch's here; expected names such as "
+            f"{some(list(names))}."
+        )
     return found
 
 
-def _target(name: str, starts: list[str], mapping: Names | None) -> str | None:
+def _expect_rules(mapping: Any, transpose: Any, who: str) -> None:
+    """Refuses what is neither a table of names nor a function."""
+    for what, rule in [("mapping", mapping), ("transpose", transpose)]:
+        table = isinstance(rule, Mapping) and all(isinstance(name, str) for name in rule)
+        if rule is not None and not table and not callable(rule):
+            raise TypeError(f"{who}: {what}: found {rule!r}; expected a table by PyTorch's names, or a function.")
+
+
+def _target(name: str, mapping: Names | None, who: str) -> str | None:
     """Where a name leads: the longest beginning that is in a table is replaced."""
     if callable(mapping):
-        return mapping(name)
-    start = next((start for start in reversed(starts) if start in (mapping or {})), "")
-    new = mapping[start] if mapping and start else ""
+        start, new = name, mapping(name)
+    else:
+        starts = [name[:i] for i in range(len(name), 0, -1) if name[i : i + 1] in (".", "")]
+        start = next((start for start in starts if start in (mapping or {})), "")
+        new = mapping[start] if mapping and start else ""
+    if not isinstance(new, (str, type(None))):
+        raise TypeError(f"{who}: mapping: found {new!r} for {start!r}; expected a path in the parameters, or None.")
     return None if new is None else new + name[len(start) :]
 
 
@@ -506,12 +612,12 @@ def _options(target: str) -> list[str]:
 def _layout(name: str, path: str, ndim: int, transpose: Layouts | None, who: str) -> tuple[Convert, Convert]:
     """The functions between PyTorch's array and ours."""
     given = transpose(name, path) if callable(transpose) else (transpose or {}).get(name)
-    if isinstance(given, tuple) and len(given) == 2 and all(map(callable, given)):
+    if isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given)):
         there, back = given
         return there, back  # type: ignore[return-value]
     kernel = ndim >= 2 and path.rpartition("/")[2] == "kernel"
     axes: Any = given if given is not None else (*range(2, ndim), 1, 0) if kernel else tuple(range(ndim))
-    if not isinstance(axes, (tuple, list)) or sorted(axes) != list(range(ndim)):
+    if not isinstance(axes, (tuple, list)) or any(map(callable, axes)) or sorted(axes) != list(range(ndim)):
         raise ValueError(
             f"{who}: transpose: found {given!r} for {name}; expected a permutation of the {ndim} axes, or a pair of functions, "
             f"there and back, such as after_flatten(shape)."

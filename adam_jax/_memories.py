@@ -56,7 +56,7 @@ class Run(NamedTuple):
     """What other libraries keep of a run.
 
     Attributes:
-      count: the steps that moments have taken.
+      count: the steps that the moments of each leaf have taken, by path, or those of all.
       step: the steps that schedules have taken.
       moments: by kind and path, float32 or wider.
       ahead: the weight that a look ahead divides by, if there is one; on the way in it follows.
@@ -168,7 +168,8 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
     """
     first = tx.init(params)
     parts, found = memories(tx, first, who)
-    follows = _follows(parts, params, run.count)
+    its_count = run.count if isinstance(run.count, Mapping) else dict.fromkeys(trained(params), run.count)
+    follows = {count: _follows(parts, params, count) for count in {*its_count.values()} or {0}}
     filled: dict[int, dict[str, Any]] = {}
     for kind, its in found.items():
         theirs = run.moments[kind]
@@ -182,9 +183,16 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
             own = filled.setdefault(id(part), {"scales": part.state.scales})
             own[field], own["scales"] = put_back(field, getattr(part.state, field), own["scales"], leaves)
 
+    leaves_of: dict[str, list[str]] = {}
+    for memory in (memory for its in found.values() for memory in its):
+        leaves_of.setdefault(memory.part.group, list(memory.leaves))
+
     def states() -> Iterator[Any]:
         for part in parts:
-            fields = follows.get(part.place, {}) | filled.get(id(part), {})
+            counts = [its_count[path] for path in leaves_of.get(part.group, its_count) if path in its_count]
+            whole = follows[max(counts, default=max(follows))].get(part.place, {})
+            fields = {field: _of_each(field, value, counts, follows, part.place) for field, value in whole.items()}
+            fields |= filled.get(id(part), {})
             if "step" in fields and part.key[0] in ("scale_by_learning_rate", "add_decayed_weights"):
                 fields["step"] = jnp.asarray(run.step, jnp.int32)
             yield part.state._replace(**fields) if fields else part.state
@@ -261,6 +269,26 @@ def _follows(parts: Sequence[Part], params: PyTree, count: Any) -> dict[str, dic
 
     made = jax.jit(many)(jnp.asarray(count, jnp.int32))
     return {stage.place: fields for stage, fields in zip(stages, made, strict=True) if fields}
+
+
+def _of_each(field: str, value: Any, counts: Sequence[int], follows: Mapping[int, Any], place: str) -> Any:
+    """What follows from the count: an entry a leaf of weights and ages where leaves have taken other steps."""
+    if field not in ("weights", "weight", "age") or len({*counts}) < 2:
+        return value
+    return jnp.stack([follows[count][place][field] for count in counts], axis=-1)
+
+
+def whole(count: Any, who: str) -> int:
+    """A number of steps.
+
+    Raises:
+      ValueError: for what is no whole number from 0 to 2³¹ − 2.
+    """
+    number = np.asarray(count)
+    known = number.size == 1 and number.dtype.kind in "iuf"
+    if not known or not 0 <= float(number.item()) < 2**31 - 1 or float(number.item()) % 1:
+        raise ValueError(f"{who}: found {count!r} steps; expected a whole number from 0 on.")
+    return int(number.item())
 
 
 def _is_stage(part: Part) -> bool:

@@ -459,10 +459,10 @@ def test_refuses_names_that_do_not_meet():
         moved(mapping={"fc": "dense", "norm.weight": "dense.bias"})
     with refused(ValueError, "missing dense/bias"):
         moved(mapping={"fc": "dense", "fc.bias": None})
-    with refused(ValueError, "found head in mapping or transpose"):
-        moved(mapping=TABLE | {"head": "out"})
-    with refused(ValueError, "found fc.wieght in mapping or transpose"):
+    with refused(ValueError, "found fc.wieght in transpose", "such as fc.weight"):
         moved(transpose={"fc.wieght": (1, 0)})
+    # A table serves the parameters, the statistics and the optimizer, and not all have all names.
+    jax.tree.map(np.testing.assert_array_equal, moved(), moved(mapping=TABLE | {"head": "out", "tail": None}))
 
 
 def test_refuses_shapes_that_differ():
@@ -477,15 +477,35 @@ def test_refuses_shapes_that_differ():
         aj.params_from_torch({"norm.weight": draw(3, 1)}, {"norm": {"scale": jnp.zeros(3)}})
 
 
-def test_refuses_steps_that_differ_or_are_not_known():
+@pytest.mark.parametrize("kind", ["adam", "radam", "adamw"])
+def test_leaves_that_have_taken_other_steps_go_on_each_from_its_own(kind):
+    """As in PyTorch, where a layer was thawed later: each leaf steps as in a state of its own count."""
+    tx, state_dict = getattr(aj, kind)(0.1), saved()
+    state_dict["state"][1]["step"] = np.float32(2)
+    state_dict["state"][2]["step"] = np.float32(0)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, after = tx.update(grads, moved(state_dict, tx), PARAMS)
+    assert int(after[0].count) == 6
+    for i, (step, leaf) in enumerate([(5, ("dense", "kernel")), (2, ("dense", "bias")), (0, ("norm", "scale"))]):
+        alone = saved()
+        for its in alone["state"].values():
+            its["step"] = np.float32(step)
+        expected, _ = tx.update(grads, moved(alone, tx), PARAMS)
+        np.testing.assert_allclose(updates[leaf[0]][leaf[1]], expected[leaf[0]][leaf[1]], rtol=1e-6, err_msg=str(i))
+    with refused(ValueError, "have gathered weights that", "Others keep a count alone"):
+        aj.to_torch(after, tx, saved(), names=NAMES, mapping=TABLE)
+
+
+def test_refuses_steps_that_are_not_known():
     state_dict = saved()
-    state_dict["state"][1]["step"] = np.float32(4)
-    with refused(ValueError, "found step 5 of 'fc.weight' and 4 of 'fc.bias'"):
-        moved(state_dict)
     with refused(ValueError, "count=7, and step 5"):
         moved(count=7)
+    for step in (-1.0, 1.5, np.nan, np.inf, 3e9, np.ones(2)):
+        state_dict["state"][1]["step"] = step
+        with refused(ValueError, "steps; expected a whole number from 0 on"):
+            moved(state_dict)
     del state_dict["state"][1]["step"]
-    with refused(ValueError, "found no step of fc.bias"):
+    with refused(ValueError, "found no step of dense/bias"):
         moved(state_dict)
     buffers = {i: {"momentum_buffer": its["exp_avg"]} for i, its in saved()["state"].items()}
     sgd = {"state": buffers, "param_groups": [{"momentum": 0.9, "dampening": 0, "params": [0, 1, 2]}]}
@@ -569,6 +589,21 @@ def test_frozen_leaves_have_no_state_to_take():
     jax.tree.map(np.testing.assert_array_equal, state, moved(state_dict, tx, names=NAMES[:2]))
     back = aj.to_torch(state, tx, state_dict, names=NAMES[:2], mapping=TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, state_dict)
+    del (whole := saved())["state"][2]  # an optimizer that was given all
+    back = aj.to_torch(state, tx, whole, names=NAMES, mapping=TABLE)
+    jax.tree.map(np.testing.assert_array_equal, back, whole)
+
+
+def test_proportions_of_learning_rates_stay():
+    groups = [{"lr": 0.5, "betas": (0.9, 0.999), "params": [0]}, {"lr": 0.05, "betas": (0.9, 0.999), "params": [1, 2]}]
+    state_dict = saved() | {"param_groups": groups}
+    with refused(
+        ValueError, "lr is 0.5 for fc.weight and 0.05 for fc.bias, and in tx 0.001 and 0.001", "learning_rate_multiplier"
+    ):
+        moved(state_dict)
+    tenth = {"learning_rate_multiplier": 0.1}
+    moved(state_dict, aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(1e-3)))
+    moved(state_dict, aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(optax.linear_schedule(1e-3, 0.0, 10))))
 
 
 def test_loads_no_files_and_takes_no_objects():
@@ -581,6 +616,72 @@ def test_loads_no_files_and_takes_no_objects():
             aj.params_from_torch({"bias": found}, {"bias": jnp.zeros(3)})
     with refused(ValueError, "found a dict of fc.weight", "Weights are for params_from_torch"):
         aj.from_torch({"fc.weight": draw(3, 2)}, aj.adam(1.0), PARAMS)
+    with refused(ValueError, "found a dict of model, optimizer", "Pass what is in ['optimizer']"):
+        aj.from_torch({"model": {}, "optimizer": saved()}, aj.adam(1.0), PARAMS)
+    with refused(ValueError, "found a dict of nothing"):
+        aj.from_torch({}, aj.adam(1.0), PARAMS)
+    for changes in ({"state": []}, {"state": {0: 1}}, {"param_groups": None}, {"param_groups": ["a"]}, {"param_groups": [{}]}):
+        with refused(ValueError, "found param_groups or a state that are not PyTorch's"):
+            moved(saved() | changes)
+    with refused(ValueError, "found the parameter numbers '0', '1', '2'; expected integers", "JSON"):
+        moved(saved() | {"state": {str(i): its for i, its in saved()["state"].items()}})
+    with refused(ValueError, "left over the state of 7"):
+        moved(saved() | {"state": saved()["state"] | {7: saved()["state"][0]}})
+
+
+MALFORMED = {
+    "names": ({"names": 3}, TypeError, "names: found 3; expected a list of strings"),
+    "a name": ({"names": ["a", None, "b"]}, TypeError, "names: found ['a', None, 'b']"),
+    "one string": ({"names": "abc"}, TypeError, "names: found 'abc'"),
+    "mapping": ({"mapping": ["a"]}, TypeError, "mapping: found ['a']; expected a table"),
+    "a number": ({"mapping": {"fc": 3}}, TypeError, "mapping: found 3 for 'fc'; expected a path"),
+    "numbers": ({"mapping": {0: "fc"}}, TypeError, "mapping: found {0: 'fc'}"),
+    "a function": ({"mapping": lambda name: 3}, TypeError, "mapping: found 3 for 'fc.weight'"),
+    "transpose": ({"transpose": [1]}, TypeError, "transpose: found [1]; expected a table"),
+    "three": ({"transpose": {"fc.weight": (abs, abs, abs)}}, ValueError, "expected a permutation of the 2 axes, or a pair of"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_rules_that_are_none_are_refused(case):
+    options, error, says = MALFORMED[case]
+    with refused(error, says):
+        moved(**options)
+
+
+def test_arrays_that_cannot_be_moments_or_weights_are_refused():
+    def with_moment(field, value):
+        state_dict = saved()
+        state_dict["state"][1][field] = value
+        return state_dict
+
+    assert moved(with_moment("exp_avg", np.ones(3, int)))[0].mu["dense"]["bias"].dtype == jnp.float32
+    for value in (np.array([1, None, 2], object), np.array(["a", "b", "c"])):
+        with refused(TypeError, "fc.bias: found", "expected a tensor or an array of numbers"):
+            moved(with_moment("exp_avg", value))
+        with refused(TypeError, "bias: found"):
+            aj.params_from_torch({"bias": value}, {"bias": jnp.zeros(3)})
+    with refused(ValueError, "fc.bias: found exp_avg_sq below 0"):
+        moved(with_moment("exp_avg_sq", -np.ones(3)))
+    with refused(ValueError, "bias: found complex128; expected real numbers, as bias has"):
+        aj.params_from_torch({"bias": np.ones(3, complex)}, {"bias": jnp.zeros(3)})
+    with refused(ValueError, "found betas=0.9 in param_groups; expected a pair"):
+        moved(saved(betas=0.9))
+    for shape in (None, 3, (), (16, 4, 4.0), (-1, 4, 4), "abc"):
+        with refused(ValueError, "after_flatten: found", "expected the sizes that PyTorch flattens"):
+            aj.after_flatten(shape)
+
+
+def test_tied_weights_have_one_leaf():
+    table, mapping = {"embed": {"embedding": jnp.zeros((5, 4))}}, {"out.weight": "embed/embedding"}
+    weight = draw(5, 4)
+    found = aj.params_from_torch({"embed.weight": weight, "out.weight": weight}, table, mapping=mapping)
+    np.testing.assert_array_equal(found["embed"]["embedding"], weight)
+    back = aj.params_to_torch(table, {"embed.weight": weight, "out.weight": weight}, mapping=mapping)
+    assert not back["embed.weight"].any()
+    assert not back["out.weight"].any()
+    with refused(ValueError, "'out.weight' and another name are both mapped to embed/embedding, and differ"):
+        aj.params_from_torch({"embed.weight": weight, "out.weight": 2 * weight}, table, mapping=mapping)
     with refused(TypeError, "tx: found None"):
         aj.from_torch(saved(), None, PARAMS)
 
@@ -590,6 +691,7 @@ SETTINGS = {
     "weight decay": ({"weight_decay": 0.1}, "found weight_decay=0.1 in the param_group of w, and 0.0 in tx"),
     "ascent": ({"maximize": True}, "found maximize=True in the param_group of w"),
     "amsgrad": ({"amsgrad": True}, "found amsgrad=True in the param_group of w, and False in tx"),
+    "RAdam": ({"decoupled_weight_decay": False, "foreach": None}, "the param_group of w is RAdam's, and tx does not rectify"),
 }
 
 
@@ -606,6 +708,18 @@ def test_settings_of_another_optimizer_are_refused(case):
     found["param_groups"][0] |= settings
     with pytest.raises(ValueError, match=re.escape(message)):
         aj.from_torch(found, tx, params, names=["w"])
+
+
+def test_decay_in_the_gradient_is_not_that_beside_the_moments():
+    params = {"w": jnp.ones(2)}
+    found, torch = adams_state(), aj.presets.torch
+    for decoupled, right, wrong in [(True, torch.adamw, torch.adam), (False, torch.adam, torch.adamw)]:
+        found["param_groups"][0] |= {"weight_decay": 0.1, "decoupled_weight_decay": decoupled, "amsgrad": False}
+        aj.from_torch(found, right(1e-3, weight_decay=0.1), params, names=["w"])
+        with pytest.raises(ValueError, match=f"found decoupled_weight_decay={decoupled} .* and {not decoupled} in tx"):
+            aj.from_torch(found, wrong(1e-3, weight_decay=0.1), params, names=["w"])
+    with pytest.raises(ValueError, match="is Adam's, and tx rectifies"):
+        aj.from_torch(found, torch.radam(1e-3, weight_decay=0.1), params, names=["w"])
 
 
 def test_nadam_is_told_by_its_product():
