@@ -22,6 +22,8 @@ from adam_jax._choices import OPTIMIZERS, PRECISIONS
 
 EXTRAS = ("flax", "matplotlib", "rich", "sklearn")
 FORMATS = (".png", ".pdf", ".svg")
+EVERY = 50
+"""Steps between two checkpoints."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,11 +87,11 @@ def _training_parser() -> _Parser:
     )
     option(
         "--checkpoint-dir",
-        type=Path,
+        type=_directory,
         metavar="DIR",
         help="saves each run in a folder of its own, from when the sweep has chosen its rate",
     )
-    option("--checkpoint-every", type=int, default=50, metavar="N", help="steps between two checkpoints, at least (%(default)s)")
+    option("--checkpoint-every", type=int, metavar="N", help=f"steps between two checkpoints, at least ({EVERY})")
     option(
         "--resume",
         action="store_true",
@@ -98,19 +100,26 @@ def _training_parser() -> _Parser:
     )
     option(
         "--log-dir",
-        type=Path,
+        type=_directory,
         metavar="DIR",
         help="writes TensorBoard's event files, each run's in a folder of its own: "
         "losses, rates, and what `adam_jax.observe` sees",
     )
+    option("--version", action="version", version=f"adam_jax {adam_jax.__version__}")
     return parser
+
+
+def _directory(name: str) -> Path:
+    if not name.strip():
+        raise argparse.ArgumentTypeError(f"found {name!r}; expected the name of a directory")
+    return Path(name)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
     if not 1 <= options.steps <= 1_000_000:
         raise ValueError(f"--steps: found {options.steps}; expected 1 to 1000000")
     for name in ("batch_size", "devices", "checkpoint_every"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(options, name)}; expected 1 or more")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed: found {options.seed}; expected 0 to 2^32 - 1")
@@ -146,20 +155,22 @@ def _check_extras(names: Sequence[str], extra: str) -> None:
         raise ValueError(f'{", ".join(missing)} not installed; run, in its folder: pip install -e ".[{extra}]"')
 
 
-def _check_directories(options: argparse.Namespace) -> None:
+def _check_directories(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Makes them, since only that finds every reason why it could not be done later."""
     if options.resume and not options.checkpoint_dir:
         raise ValueError("--resume: found no --checkpoint-dir; give the one that the run was saved in")
+    if options.checkpoint_every and not options.checkpoint_dir:
+        raise ValueError("--checkpoint-every: found no --checkpoint-dir; give one to save the run in")
     if options.checkpoint_dir:
         _check_extras(["orbax.checkpoint"] if importlib.util.find_spec("orbax") else ["orbax"], "scale")
     if options.log_dir:
         _check_extras(["tensorboardX"], "log")
     for name, path in (("--checkpoint-dir", options.checkpoint_dir), ("--log-dir", options.log_dir)):
-        try:
-            if path:
-                path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{name}: cannot write in {str(path)!r}: {error.strerror}") from error
+        for its in [path, *(path / run for run in names)] if path else []:
+            try:
+                its.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{name}: cannot write in {str(its)!r}: {error.strerror}") from error
 
 
 def _check_devices(wanted: int) -> None:
@@ -212,7 +223,7 @@ def train(arguments: Sequence[str]) -> int:
             sweeps = options.learning_rate is None
             dtype = PRECISIONS[options.precision][0]
             setting = demo.prepare(data, options.steps, options.batch_size, options.seed, sweeps, dtype, options.devices)
-            _check_directories(options)
+            _check_directories(options, names)
             keepers: dict[str, Any] = {}
             if options.checkpoint_dir:
                 keepers = {name: opened.enter_context(_checkpoints_of(name, options, data)) for name in names}
@@ -250,7 +261,7 @@ def _checkpoints_of(name: str, options: argparse.Namespace, data: Any) -> Any:
 
     decisive = ("steps", "learning_rate", "batch_size", "seed", "storage", "precision", "devices")
     made_with = {key.replace("_", "-"): getattr(options, key) for key in decisive} | {"data": demo.fingerprint(data)}
-    return _checkpoints.checkpoints(options.checkpoint_dir / name, made_with, options.checkpoint_every, options.resume)
+    return _checkpoints.checkpoints(options.checkpoint_dir / name, made_with, options.checkpoint_every or EVERY, options.resume)
 
 
 def _events_of(name: str, options: argparse.Namespace, keeper: Any) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from adam_jax import storage
-from adam_jax._transformation import Transformation, show, wrapped
+from adam_jax._paths import path_of
+from adam_jax._transformation import Transformation, first_state, show, wrapped
 from adam_jax._tree import PyTree, dtype_of, finfo, takes_part
 
 PARTS = {"mu": "mu", "mu_slow": "mu", "nu": "nu", "nu_max": "nu", "lost": "rounding"}
@@ -23,7 +24,7 @@ class Wide(NamedTuple):
 
     Attributes:
       moment: the field of the state: "mu", "nu", "nu_max" or "mu_slow".
-      path: the place of the leaf, as `jax.tree_util.keystr` writes it.
+      path: the names to the leaf joined by "/".
       elements: how many numbers it has.
       why: the reason.
     """
@@ -71,8 +72,9 @@ class StateBytes(NamedTuple):
         lines += [self._row(name, size) for name, size in rows.items()]
         lines += [self._row("in all", self.total)]
         for moment in dict.fromkeys(leaf.moment for leaf in self.wide):
-            for why in dict.fromkeys(leaf.why for leaf in self.wide if leaf.moment == moment):
-                lines.append(self._stays(moment, why))
+            reasons = dict.fromkeys(leaf.why for leaf in self.wide if leaf.moment == moment)
+            # What was asked for, or is the default, is no news.
+            lines += [self._stays(moment, why) for why in reasons if why != "storage is float32"]
         return "\n".join(lines)
 
     def _row(self, name: str, size: int) -> str:
@@ -99,7 +101,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
     """
     if not callable(getattr(tx, "init", None)):
         raise TypeError(f"state_bytes: found {tx!r}; expected a gradient transformation, and the parameters after it.")
-    state = jax.eval_shape(tx.init, params)
+    state = first_state(tx, params, "state_bytes")
     sizes = dict.fromkeys(("mu", "nu", "rounding", "other"), 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         sizes[_part(path)] += bytes_of(leaf)
@@ -153,4 +155,4 @@ def _wide_fields(state: Any, why: Callable[[str, Any], str | None]) -> Iterator[
         for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, field))[0]:
             reason = why(field, leaf) if takes_part(leaf) and finfo(leaf.dtype).bits >= 32 else None
             if reason:
-                yield Wide(field, jax.tree_util.keystr(path), math.prod(leaf.shape), reason)
+                yield Wide(field, path_of(path), math.prod(leaf.shape), reason)

@@ -20,9 +20,9 @@ from jax.scipy.special import xlogy
 from adam_jax._bias import LookAheadState, RectifyState, correct_bias
 from adam_jax._hyperparams import Hyperparameter, complement
 from adam_jax._moments import NU_RULES, block_mean, grow, track_moments
-from adam_jax._paths import paths, some
+from adam_jax._paths import is_box, paths, some, unboxed
 from adam_jax._refine import keep_maximum, mix_slow_mean
-from adam_jax._transformation import Transformation, is_transformation, rewrapped, show, wrapped
+from adam_jax._transformation import Transformation, first_state, is_transformation, rewrapped, show, wrapped
 from adam_jax._tree import PyTree, lerp, over
 from adam_jax.storage import Resting, narrow_to_nearest, put_back, take_out
 
@@ -99,7 +99,8 @@ def convert_state(
     the report is no array).
 
     Args:
-      state: a state that `from_tx` made.
+      state: a state that `from_tx` made; the `opt_state` of an `nnx.Optimizer` comes back without its boxes, for
+        `nnx.update(optimizer.opt_state, nnx.state(converted.state))`.
       from_tx: the transformation that the run had.
       to_tx: the one that it shall have.
       params: the present parameters, in the dtype that they shall have.
@@ -109,18 +110,26 @@ def convert_state(
 
     Raises:
       TypeError: for what is no gradient transformation.
-      ValueError: if the state is not one of `from_tx` for these parameters, or if moments are inside a transformation of others,
-        which does not show what they mean, and is not the same on both sides.
+      ValueError: if the state is not one of `from_tx` for these parameters; if moments are inside a transformation of others,
+        which does not show what they mean, and is not the same on both sides; if `from_tx` is of others and nothing is kept.
     """
     for name, tx in [("from_tx", from_tx), ("to_tx", to_tx)]:
         if not is_transformation(tx):
             raise TypeError(f"convert_state: {name}: found {tx!r}; expected a gradient transformation.")
+    if any(type(node).__name__ == "OptArray" for node in jax.tree.leaves(state, is_leaf=is_box)):
+        state, params = unboxed(state), unboxed(params)
     _expect_fit(state, from_tx, params)
     first = to_tx.init(params)
     old, new = Side(from_tx, state), Side(to_tx, first)
     conversion = _Conversion(old)
     states = iter([conversion.part(part) for part in new.parts])
-    return Converted(rebuilt(to_tx, first, states), tuple(conversion.kept), tuple(conversion.fresh), conversion.dropped())
+    converted = Converted(rebuilt(to_tx, first, states), tuple(conversion.kept), tuple(conversion.fresh), conversion.dropped())
+    if not isinstance(from_tx, Transformation) and converted.dropped and not converted.kept:
+        raise ValueError(
+            f"convert_state: found from_tx of others, {show(from_tx)}, of whose state nothing can be kept; expected a "
+            f"transformation of adam_jax. A run of Optax goes on with from_optax."
+        )
+    return converted
 
 
 class Part(NamedTuple):
@@ -598,7 +607,7 @@ def _expect_fit(state: Any, tx: Any, params: PyTree) -> None:
         return {place: leaf for place, leaf in located if ".lost" not in place and ".hyperparams[" not in place}
 
     remedy = "Pass a state that from_tx made, and parameters of the shapes that it was made for."
-    expected_state = jax.eval_shape(tx.init, params)
+    expected_state = first_state(tx, params, "convert_state")
     found, expected = arrays(state), arrays(expected_state)
     for place in sorted(found.keys() ^ expected.keys()):
         has, lacks = ("the state", "from_tx") if place in found else ("from_tx", "the state")

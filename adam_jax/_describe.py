@@ -12,8 +12,8 @@ from adam_jax import _table
 from adam_jax._apply import decaying, scale_by_learning_rate
 from adam_jax._audit import StateBytes, bytes_of, state_bytes
 from adam_jax._paths import owner, paths
-from adam_jax._transformation import Transformation, is_transformation, show
-from adam_jax._tree import PyTree, dtype_of
+from adam_jax._transformation import Transformation, first_state, is_transformation, show
+from adam_jax._tree import PyTree, dtype_of, takes_part
 from adam_jax.groups import DEFAULT, Multiplied, by_path, labels, only
 
 
@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
       group: the pattern of `by_path` that it belongs to; "default", also where there are no groups.
       stages: the names of the stages that it meets, in order; ("frozen",) where it is that.
       state: the dtypes of the arrays that are kept for it, by field.
-      bytes: of the parameter and of those arrays.
+      bytes: of the parameter, of those arrays, and of the units of codes.
       rate: its learning rate, a number, "schedule", "schedule × 0.1" or "traced"; "unknown" behind a whole optimizer of others.
       decay: its weight decay, likewise; 0 for none.
     """
@@ -93,6 +93,8 @@ class Description(NamedTuple):
 
 HEADS = ("path", "shape", "dtype", "group", "state", "bytes", "rate", "decay")
 NUMBERS = ("bytes", "rate", "decay")
+UNITS = 4
+"""Bytes that a moment in codes has for each leaf: its row in `scales`, two int16."""
 SHORT = {"mu": "μ", "nu": "ν", "mu_slow": "slow μ", "nu_max": "largest ν"}
 
 
@@ -114,7 +116,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     located = jax.tree_util.tree_flatten_with_path(params)[0]
     shapes = {keys: np.shape(leaf) for keys, leaf in located}
     kept: dict[Any, dict[str, Any]] = {keys: {} for keys in shapes}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, params))[0]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(first_state(tx, params, "describe"))[0]:
         belongs = owner(keys, leaf.shape, shapes)
         if belongs is not None:
             field = str(getattr(keys[len(keys) - len(belongs) - 1], "name", "state"))
@@ -131,12 +133,16 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                 group=its.group,
                 stages=its.stages,
                 state={field: str(array.dtype) for field, array in arrays.items()},
-                bytes=sum(map(bytes_of, [leaf, *arrays.values()])),
-                rate=its.rate if its.known else "unknown",
-                decay=its.decay if its.known else "unknown",
+                bytes=sum(map(bytes_of, [leaf, *arrays.values()])) + sum(UNITS * _is_code(*its) for its in arrays.items()),
+                rate=0.0 if not takes_part(leaf) else its.rate if its.known else "unknown",
+                decay=0.0 if not takes_part(leaf) else its.decay if its.known else "unknown",
             )
         )
     return Description(tuple(leaves), state_bytes(tx, params))
+
+
+def _is_code(field: str, array: Any) -> bool:
+    return field in SHORT and not takes_part(array) and array.dtype.itemsize <= 2
 
 
 class _Met(NamedTuple):

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import GetAttrKey
 
-from adam_jax._memories import KINDS, Run, fill, first_state, memories, read, same_kinds, same_leaves, trained
+from adam_jax._memories import KINDS, Run, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
 from adam_jax._paths import RAW, path_of, some
+from adam_jax._transformation import first_state
 from adam_jax._tree import PyTree, takes_part
 
 MOMENTS: dict[str, dict[str, str]] = {
@@ -81,9 +83,16 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     """
     who = "from_optax"
     nodes, schedules, others = _split(state)
-    _, ours = memories(tx, first_state(tx, params, who), who)
+    first = first_state(tx, params, who)
+    _, ours = memories(tx, first, who)
     found = _found(nodes, ours, who)
+    if not nodes:
+        raise ValueError(
+            f"{who}: found no moments of Optax in a {type(state).__name__}; expected the state of an optimizer, such as "
+            f"optax.adam(1e-3).init(params) makes."
+        )
     same_kinds(ours, _places(found), who, "the state")
+    _expect_decays(state, decays(tx, first, who), who)
     if others:
         raise ValueError(
             f"{who}: left over {some(others)}, which no member of adam_jax has. Give the part of the state that has the moments; "
@@ -94,6 +103,7 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     known = next((n for n in (moments, steps, count) if n is not None), None)
     if known is None:
         raise ValueError(f"{who}: the state keeps no count. Give the number of steps taken: from_optax(…, count=1000).")
+    known = whole(known, who)
     if count not in (None, known):
         raise ValueError(f"{who}: found count={count}, and {known} in the state; expected none where the state has one.")
     trees = {kind: {path: x for moment in its for path, x in moment.leaves.items()} for kind, its in found.items()}
@@ -183,13 +193,31 @@ def _places(found: Mapping[str, list[Moment]]) -> dict[str, str]:
 
 def _agreed(counts: dict[str, Any], who: str) -> int | None:
     """The one number that several counts have; `None` if there is none."""
-    numbers = {place: int(count) for place, count in counts.items()}
+    numbers = {place: whole(count, who) for place, count in counts.items()}
     if len(set(numbers.values())) > 1:
         shown = ", ".join(f"{number} at {place}" for place, number in numbers.items())
         raise ValueError(
             f"{who}: found the counts {shown}; expected that they agree. Give the part of the state that is of one run."
         )
     return next(iter(numbers.values()), None)
+
+
+def _expect_decays(state: Any, ours: Mapping[str, Mapping[str, Any]], who: str) -> None:
+    """Refuses decays that are not those of `tx`, where `optax.inject_hyperparams` keeps them."""
+
+    def says(node: Any) -> bool:
+        return isinstance(getattr(node, "hyperparams", None), dict)
+
+    for node in filter(says, jax.tree.leaves(state, is_leaf=says)):
+        for name, kind in [("b1", "mu"), ("b2", "nu"), ("b2", "infinity"), ("b2", "belief"), ("momentum", "trace")]:
+            theirs, its = node.hyperparams.get(name), {*ours.get(kind, {}).values()}
+            if theirs is None or len(its) != 1 or not isinstance(value := its.pop(), (int, float)):
+                continue
+            if not np.isclose(float(theirs), value, rtol=1e-6, atol=0):
+                raise ValueError(
+                    f"{who}: found {name}={float(theirs):g} in inject_hyperparams, and {value} in tx; expected the same. Move "
+                    f"with Optax's, and change it with convert_state."
+                )
 
 
 def _fitted(moment: Mapping[str, Any], like: PyTree) -> PyTree:

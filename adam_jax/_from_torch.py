@@ -18,9 +18,9 @@ import numpy as np
 
 from adam_jax._bias import LookAheadState
 from adam_jax._describe import Leaf, describe
-from adam_jax._memories import Run, decays, fill, first_state, memories, read, same_kinds, same_leaves, trained, whole
+from adam_jax._memories import Run, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
 from adam_jax._paths import path_of, some
-from adam_jax._transformation import Transformation
+from adam_jax._transformation import Transformation, first_state
 from adam_jax._tree import PyTree, dtype_of
 from adam_jax.groups import by_path, labels, only
 
@@ -72,7 +72,7 @@ def from_torch(
       transpose: how arrays come to lie as in `params`, where that is not by rule: a table by PyTorch's name, or a function
         (name, path) -> entry or `None`. An entry has the axes, as `np.transpose` takes them, or a pair of functions, there and
         back, such as `after_flatten`. The rule: in a leaf called "kernel" PyTorch's first two axes come last, (out, in, …) to
-        (…, in, out); all other leaves are as in PyTorch. A transposed convolution needs an entry.
+        (…, in, out); all other leaves are as in PyTorch. It fits transposed convolutions of Flax with `transpose_kernel=True`.
       names: those of the parameters in the order of the optimizer's groups, where its state dict has no "param_names". With one
         group it is that of `model.named_parameters()`.
       count: the steps taken, for a state that keeps none: of SGD.
@@ -233,7 +233,7 @@ def params_to_torch(
     """The way back of `params_from_torch`.
 
         found = adam_jax.params_to_torch(params, model.state_dict(), **rules)
-        model.load_state_dict({name: torch.as_tensor(x) for name, x in found.items()})
+        model.load_state_dict({name: torch.tensor(x) for name, x in found.items()})
 
     Args:
       params: parameters.

@@ -18,6 +18,7 @@ from adam_jax._bias import LookAheadState, correct_bias
 from adam_jax._convert import Part, Side, rebuilt
 from adam_jax._moments import track_moments
 from adam_jax._paths import path_of, some
+from adam_jax._refine import keep_maximum, mix_slow_mean
 from adam_jax._reset import SIGNED
 from adam_jax._transformation import Context, Transformation, is_transformation, show, take_step
 from adam_jax._tree import PyTree, as_wide, dtype_of, takes_part
@@ -84,6 +85,11 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[
         ) from error
     found: dict[str, list[Memory]] = {}
     for i, part in enumerate(parts):
+        if _build(part) in (track_moments, keep_maximum, mix_slow_mean) and not part.meanings:
+            raise ValueError(
+                f"{who}: found {type(part.state).__name__} at {part.place or 'the top'}; expected the state of "
+                f"{show(part.tx)}, of the transformation which the run had."
+            )
         for field in part.meanings:
             kind, memory = _kind(parts, i, field), Memory(part, field)
             for first in found.get(kind, ()):
@@ -93,18 +99,14 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[
                         f"alone."
                     )
             found.setdefault(kind, []).append(memory)
+    if not found and isinstance(tx, Transformation):
+        raise ValueError(f"{who}: {show(tx)} keeps no moments, so there is nothing to move: begin with tx.init(params).")
     if not found:
         raise ValueError(
             f"{who}: found no moments in {show(tx)}; expected a transformation of adam_jax. Of one inside a wrapper of others, "
             f"give the one inside and its part of the state; build chains with adam_jax.chain."
         )
     return parts, found
-
-
-def first_state(tx: Any, params: PyTree, who: str) -> PyTree:
-    """The shapes of a fresh state."""
-    _expect_transformation(tx, who)
-    return jax.eval_shape(tx.init, params)
 
 
 def _expect_transformation(tx: Any, who: str) -> None:

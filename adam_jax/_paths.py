@@ -57,6 +57,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def unboxed(tree: PyTree) -> PyTree:
+    """The arrays that Flax's boxes hold, in their places."""
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_box(node) else node, tree, is_leaf=is_box)
+
+
 def is_box(node: Any) -> bool:
     """Whether it is what Flax puts around an array, by its classes' names: Flax need not be there."""
     return any(kind.__name__ in BOXES and kind.__module__.startswith("flax.") for kind in type(node).__mro__)
@@ -70,7 +75,8 @@ def owner(path: Any, shape: Shape, parameters: dict[Any, Shape]) -> Any:
       shape: that of the array.
       parameters: their shapes by path.
     """
-    for start in range(len(path) + 1) if shape else ():
+    # A scalar needs a name: what ends with no name is as likely a count.
+    for start in range(len(path) + bool(shape)):
         if any(isinstance(key, GetAttrKey) and key.name in WHOLE for key in path[:start]):
             return None
         whole = parameters.get(path[start:])

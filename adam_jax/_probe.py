@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,7 +17,7 @@ from adam_jax._apply import ScaleByLearningRateState
 from adam_jax._moments import Moments, by_leaf
 from adam_jax._paths import owner
 from adam_jax._transformation import Context, Transformation, take_step
-from adam_jax._tree import PyTree, as_wide, is_half, square, takes_part
+from adam_jax._tree import PyTree, as_wide, is_half, square, takes_part, times
 
 MOMENTS = ("mu", "nu", "mu_slow", "nu_max")
 """Fields of states that may rest as codes."""
@@ -42,13 +42,12 @@ class Row(NamedTuple):
     def mean(self, name: str, among: str | None = None) -> Array:
         """The mean; of nothing, 0."""
         weights = self.weights * (np.float32(1) if among is None else self.of[among])
-        total = jnp.sum(weights)
-        return jnp.sum(weights * self.of[name]) / jnp.where(total > 0, total, 1)
+        return jnp.sum(weights * self.of[name]) / _unless_0(jnp.sum(weights))
 
     def rms(self, x: Array, among: str | None = None) -> Array:
         """The root mean square of a vector beside these."""
         top = jnp.max(jnp.abs(x), initial=0)
-        scaled = x / jnp.where(top > 0, top, 1)  # squares overflow
+        scaled = x / _unless_0(top)  # squares overflow
         return top * jnp.sqrt(self._replace(of=self.of | {"x": scaled * scaled}).mean("x", among))
 
     def quantile(self, q: float, x: Array, among: str) -> Array:
@@ -56,7 +55,9 @@ class Row(NamedTuple):
         inorder, weights = lax.sort((x, jnp.asarray(self.weights) * self.of[among]), num_keys=1)
         reached = jnp.cumsum(weights)
         place = jnp.sum(reached < np.float32(q) * reached[-1])
-        return jnp.where(reached[-1] > 0, inorder[jnp.minimum(place, len(x) - 1)], 0)
+        found = jnp.where(reached[-1] > 0, inorder[jnp.minimum(place, len(x) - 1)], 0)
+        poisoned = jnp.any(jnp.isnan(inorder) & (weights > 0))  # they are sorted behind all others
+        return jnp.where(poisoned, np.float32(np.nan), found)
 
 
 def _stacked(rows: Sequence[Row]) -> Row:
@@ -90,12 +91,11 @@ class Seen(NamedTuple):
     skipped: list[Array]
 
     def metrics(self) -> dict[str, Array]:
-        """Float32 scalars by the names in `METRICS`, of what there is."""
-        squares = [jnp.sum(square(as_wide(leaf))).astype(np.float32) for leaf in self.gradient]
-        found = {"gradient_norm": jnp.sqrt(sum(squares)), "skipped": sum(count.astype(np.float32) for count in self.skipped)}
+        """Float32 scalars by the names in `METRICS`; 0 of what there is not."""
+        found = {"gradient_norm": _norm(self.gradient), "skipped": sum(count.astype(np.float32) for count in self.skipped)}
         if self.moved.of:
             step, length = (self.moved.rms(self.moved.of[name]) for name in ("update", "parameter"))
-            found |= {"update_rms": step, "update_ratio": step / jnp.where(length > 0, length, 1)}
+            found |= {"update_rms": step, "update_ratio": step / _unless_0(length)}
         if self.quotients.of:
             found |= self._quotient_metrics()
         if self.unrounded.of:
@@ -107,13 +107,14 @@ class Seen(NamedTuple):
     def _quotient_metrics(self) -> dict[str, Array]:
         rows = self.quotients
         its = rows.of
-        lengths = rows.rms(its["gradient"]) * rows.rms(its["mean"])
+        g, m = (its[name] / _unless_0(rows.rms(its[name])) for name in ("gradient", "mean"))
+        turned = rows._replace(of={"along": its["turn"] * g * m})
         return {
             "learning_rate_median": rows.quantile(0.5, its["rate"], "directed"),
             "learning_rate_p99": rows.quantile(0.99, its["rate"], "directed"),
             "eps_share": rows.mean("ruled_by_eps", "has_nu"),
             "normalized_gradient_rms": rows.rms(its["normalized"], "sized"),
-            "momentum_cosine": rows.mean("along") / jnp.where(lengths > 0, lengths, 1),
+            "momentum_cosine": turned.mean("along"),
             "signal_to_noise": rows.quantile(0.5, its["signal"], "sized"),
         }
 
@@ -255,6 +256,36 @@ def _chosen(shapes: dict[Any, tuple[int, ...]]) -> set[Any]:
     return set(sorted(shapes, key=rank)[:LEAVES])
 
 
+def sights(tx: Any, params: PyTree, state: Any) -> set[str]:
+    """The names in `METRICS` that there is something to see of."""
+    found = {"gradient_norm", "update_rms", "update_ratio"}
+    stages = list(_stages(tx))
+    tracking = [part for part in stages if part.flow.gives == "moments" and part.flow.takes != "moments"]
+    if tracking:
+        found |= {"learning_rate_median", "learning_rate_p99", "momentum_cosine"}
+    if any(part.init.spec.arguments.arguments.get("b2", 0) is not None for part in tracking):
+        found |= {"eps_share", "normalized_gradient_rms", "signal_to_noise"}
+    if any(map(is_half, jax.tree.leaves(params))):
+        found.add("unmoved_share")
+    shapes = _shapes(params)
+    for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if not takes_part(x) and _is_field(path, x, MOMENTS, shapes):
+            found.add("ends_share")
+        if _is_field(path, x, ("skipped",), shapes):
+            found.add("skipped")
+    return found
+
+
+def _stages(tx: Any) -> Iterator[Transformation]:
+    """The stages that a transformation is made of."""
+    if isinstance(tx, Transformation):
+        spec = tx.init.spec
+        if not spec.stages and not spec.inner:
+            yield tx
+        for part in (*spec.stages, *spec.inner.values()):
+            yield from _stages(part)
+
+
 def _rate(state: Any, around: Any) -> Any:
     """The learning rate that a step used, outside of its groups; without one, that of what is around it."""
 
@@ -277,19 +308,18 @@ def _quotient(sizes: list[int], part: Any, moments: Moments, after: Any, given: 
         v = jnp.zeros_like(g) if nu is None else jnp.broadcast_to(_single(nu), g.shape)
         size, whole = (jnp.sqrt(x) if root else x for x in (v, _single(nu_weight())))
         more = eps + (jnp.sqrt(v + eps_root) - size if root else 0)
-        corrected = jnp.where(size > 0, size / whole, 1)
-        mu_whole = _single(mu_weight())
-        mean = m / mu_whole
+        corrected = _unless_0(size / whole)
+        mean = m / _single(mu_weight())
         return {
             "gradient": g,
             "mean": mean,
-            "along": _along(grad, mu) / mu_whole,
-            "rate": d / jnp.where(m > 0, m, 1),
-            "directed": _single(m > 0),
+            "turn": _turn(grad, mu),
+            "rate": d / _unless_0(m),
+            "directed": _single(m != 0),
             "normalized": g / corrected,
             "signal": mean / corrected,
-            "sized": _single(size > 0),
-            "ruled_by_eps": _single(more > size),
+            "sized": _single(size != 0),
+            "ruled_by_eps": jnp.where(jnp.isnan(size), size, _single(more > size)),
             "has_nu": jnp.full_like(g, nu is not None),
         }
 
@@ -339,10 +369,33 @@ def _at_ends(code: Array) -> Vectors:
     return {"ends": _single((size == np.int32(np.iinfo(code.dtype).max)) | (size == 1))}
 
 
-def _along(grad: Array, mu: Array) -> Array:
-    if jnp.iscomplexobj(mu):
-        return _single(grad.real) * _single(mu.real) + _single(grad.imag) * _single(mu.imag)
-    return _single(grad) * _single(mu)
+def _norm(leaves: Sequence[Array]) -> Array:
+    """The Euclidean norm of all leaves together, in one pass where squares neither overflow nor vanish."""
+
+    def squares(factor: Any) -> Array:
+        each = (jnp.sum(square(times(as_wide(leaf), factor))).astype(np.float32) for leaf in leaves)
+        return sum(each, jnp.zeros((), np.float32))
+
+    plain = squares(np.float32(1))
+    factor = jnp.where(plain > 1, 2.0**-80, 2.0**80).astype(np.float32)
+    fits = (plain > 1e-30) & (plain < np.inf)
+    found: Array = lax.cond(fits, lambda: jnp.sqrt(plain), lambda: jnp.sqrt(squares(factor)) / factor)
+    return found
+
+
+def _unless_0(x: Array) -> Array:
+    """A divisor; NaN stays."""
+    return jnp.where(x == 0, 1, x)
+
+
+def _turn(grad: Array, mu: Array) -> Array:
+    """The cosine between an element of the gradient and of its mean."""
+
+    def parts(x: Array) -> list[Array]:
+        size = _unless_0(jnp.abs(x))
+        return [its / size for its in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+
+    return _single(sum(g * m for g, m in zip(parts(as_wide(grad)), parts(as_wide(mu)), strict=True)))
 
 
 def _size(x: Array) -> Array:

@@ -13,6 +13,7 @@ from jax import Array
 
 from adam_jax._bias import LookAheadState, RectifyState
 from adam_jax._moments import TrackMeanState, TrackMomentsState, TrackSquareState
+from adam_jax._paths import path_of
 from adam_jax._refine import KeepMaximumState, MixSlowMeanState
 from adam_jax._tree import PyTree, narrower_than_float32, takes_part
 from adam_jax.storage import Resting, narrow_to_nearest, put_back, take_out
@@ -28,7 +29,7 @@ def reset(
     r"""Starts moments or schedules afresh, for all leaves or for those whose paths match.
 
         state = reset(state)                                            # all moments
-        state = reset(state, match=r"\['head'\]")                         # those of one part of the model
+        state = reset(state, match="head/")                             # those of one part of the model
         state = reset(state, moments=False, schedule=True)              # warm up once more, with the moments as they are
 
     A moment that starts afresh has no weight yet, so its steps are those of a new run, corrected for the bias of a new run, while
@@ -42,7 +43,8 @@ def reset(
       schedule: start the counts that schedules read, those of `optax.scale_by_schedule` and `optax.inject_hyperparams` too.
         Moments and their correction do not depend on them.
       match: which: a regular expression, searched in the path of each array in the state as `jax.tree_util.keystr` writes it
-        ("[0].mu['head']['kernel']", "[3].step"), or a function of that path. `None`: all.
+        ("[0].mu['head']['kernel']", "[3].step") and, of moments, in that of their parameter as `by_path` has it ("head/kernel");
+        or a function of the first. `None`: all.
 
     Returns:
       The state, of the same structure.
@@ -106,17 +108,18 @@ class _Picks:
             raise ValueError(f"reset: match: found {match!r}, which is no regular expression: {error}.") from error
         if not callable(self.match):
             raise TypeError(f"reset: match: found {match!r}; expected a regular expression, or a function of a path.")
+        self.is_pattern = isinstance(match, str)
         self.met: list[str] = []
         self.hit = False
 
-    def __call__(self, path: str) -> bool:
+    def __call__(self, path: str, name: str | None = None) -> bool:
         self.met.append(path)
-        chosen = bool(self.match(path))
+        chosen = bool(self.match(path)) or (self.is_pattern and name is not None and bool(self.match(name)))
         self.hit |= chosen
         return chosen
 
 
-def _restart(node: Any, place: str, picks: Callable[[str], bool]) -> tuple[Any, dict[str, np.ndarray]]:
+def _restart(node: Any, place: str, picks: _Picks) -> tuple[Any, dict[str, np.ndarray]]:
     """A stage's state with the chosen leaves of its moments at their start, and which these are."""
     marks = {}
     weights, leaves = getattr(node, "weights", None), len(jax.tree.leaves(getattr(node, "mu", getattr(node, "nu", None))))
@@ -130,7 +133,8 @@ def _restart(node: Any, place: str, picks: Callable[[str], bool]) -> tuple[Any, 
             continue
         tree = getattr(node, field)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        marks[field] = np.array([picks(f"{place}.{field}{jax.tree_util.keystr(path)}") for path in paths], bool)
+        named = [(f"{place}.{field}{jax.tree_util.keystr(path)}", path_of(path)) for path in paths]
+        marks[field] = np.array([picks(*name) for name in named], bool)
         start = node.hyperparams.get("nu_init", 0.0) if field == "nu" else 0.0
         resting = zip(take_out(field, tree, node.scales), marks[field], strict=True)
         started = [_start(leaf, start, signed) if mark else leaf for leaf, mark in resting]

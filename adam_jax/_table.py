@@ -51,7 +51,7 @@ def drawn(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collecti
 
     table = Table(box=SIMPLE_HEAD)
     for head in heads:
-        table.add_column(head, justify="right" if head in numbers else "left")
+        table.add_column(head, justify="right" if head in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # as it is: a path or a flag may look like markup
     return table

@@ -9,9 +9,10 @@ tuple apart and builds it again, as `jax.tree.map` and Equinox's filters do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 
 from adam_jax._hyperparams import expect_one_of
-from adam_jax._tree import PyTree
+from adam_jax._tree import PyTree, expect_array
 
 P = ParamSpec("P")
 
@@ -199,14 +200,28 @@ class _Function:
         return f"{self.spec!r}.{type(self).__name__.strip('_').lower()}"
 
 
+@contextlib.contextmanager
+def _of_arrays(who: str, *trees: PyTree) -> Iterator[None]:
+    """Says which leaf it was, where something else than arrays has led to an error."""
+    try:
+        yield
+    except TypeError:
+        for tree in trees:
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                expect_array(leaf, f"{who}: at {jax.tree_util.keystr(keys)}")
+        raise
+
+
 class _Init(_Function):
     def __call__(self, params: PyTree) -> PyTree:
-        return self.spec.init(params)
+        with _of_arrays(f"{self.spec.build.__name__}: init", params):
+            return self.spec.init(params)
 
 
 class _Update(_Function):
     def __call__(self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[Any, Any]:
-        return self.spec.update(updates, state, params, Context(gradient=extra.get("gradient"), extra=extra))
+        with _of_arrays(f"{self.spec.build.__name__}: update", updates, params):
+            return self.spec.update(updates, state, params, Context(gradient=extra.get("gradient"), extra=extra))
 
 
 def transformation(spec: Spec) -> Transformation:
@@ -242,6 +257,19 @@ class Transformation(optax.GradientTransformationExtraArgs):
 def is_transformation(tx: Any) -> bool:
     """Whether it is a pair of `init` and `update`, of this package or of others."""
     return isinstance(tx, tuple) and callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+
+
+def first_state(tx: Any, params: PyTree, who: str) -> PyTree:
+    """The shapes of a fresh state.
+
+    Raises:
+      TypeError: for what is no transformation, and parameters that are no arrays.
+    """
+    if not is_transformation(tx):
+        raise TypeError(f"{who}: tx: found {tx!r}; expected a gradient transformation, for example adam_jax.adam(1e-3).")
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        expect_array(leaf, f"{who}: params at {jax.tree_util.keystr(keys)}")
+    return jax.eval_shape(tx.init, params)
 
 
 def hides_rate(tx: Any) -> bool:

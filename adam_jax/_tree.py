@@ -27,7 +27,24 @@ def dtype_of(leaf: Any) -> Any:
     """The dtype of an array, or the one that JAX gives to a Python number or a NumPy array."""
     if isinstance(leaf, np.ndarray) and leaf.dtype != dtypes.float0:
         return jnp.result_type(leaf)
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if type(dtype).__module__.partition(".")[0] == "torch":
+        raise TypeError(f"found a tensor of PyTorch, of {dtype}; expected arrays of JAX or NumPy: params_from_torch makes them.")
+    return dtype
+
+
+def expect_array(leaf: Any, who: str) -> None:
+    """Refuses what is neither an array nor its shape, before JAX does in its own words.
+
+    Raises:
+      TypeError: for a function in a module, a string, a tensor of PyTorch.
+    """
+    try:
+        dtype_of(leaf)
+    except TypeError as error:
+        hint = "Of an Equinox module pass eqx.filter(model, eqx.is_array)."
+        said = str(error) if "PyTorch" in str(error) else f"found {leaf!r}; expected an array or its shape. {hint}"
+        raise TypeError(f"{who}: {said}") from error
 
 
 def takes_part(leaf: Any) -> bool:

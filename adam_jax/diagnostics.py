@@ -16,10 +16,21 @@ import optax
 from jax import Array, lax
 
 from adam_jax._hyperparams import expect_integer, increment
-from adam_jax._probe import METRICS, Probe
+from adam_jax._probe import METRICS, Probe, sights
 from adam_jax._sums import agreed, hide
-from adam_jax._transformation import Context, Spec, Transformation, bind, expect_optimizer, show, take_step, transformation
+from adam_jax._transformation import (
+    Context,
+    Spec,
+    Transformation,
+    bind,
+    expect_optimizer,
+    show,
+    take_step,
+    transformation,
+    wrapped,
+)
 from adam_jax._tree import PyTree, expect_params, nodes, takes_part
+from adam_jax.groups import by_path, labels, only
 
 
 class ObserveState(NamedTuple):
@@ -29,7 +40,7 @@ class ObserveState(NamedTuple):
       inner_state: that of the observed transformation.
       step: steps taken, int32.
       observed: the metrics of the step that was looked at last, float32 scalars by "all/name" or "pattern/name", and its number,
-        "step", from 1; zeros before the first.
+        "step", int32, from 1; zeros before the first.
     """
 
     inner_state: PyTree
@@ -38,7 +49,7 @@ class ObserveState(NamedTuple):
 
 
 def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 2**12) -> Any:
-    r"""Looks at every so-manieth step of an optimizer, and keeps what it saw in the state.
+    r"""Looks at an optimizer's first step and at every tenth after it, say, and keeps what it saw in the state.
 
         tx = observe(chain(adamw(1e-3), round_stochastically()), every=10)
         ...
@@ -49,7 +60,8 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
     gradient_norm                Euclidean norm of the gradient as it comes in, of all its elements
     update_rms                   root mean square of the update
     update_ratio                 that over the root mean square of the parameters
-    learning_rate_median, _p99   of the effective learning rate of an element: the rate over √ν̂ + ε
+    learning_rate_median, _p99   of the effective learning rate of an element, the rate over √ν̂ + ε: the smallest that half
+                                 of the elements, or 99 %, do not exceed
     eps_share                    share of elements where ε is more than √ν̂
     normalized_gradient_rms      root mean square of g/√ν̂: 1 where ν is up to date, more before a loss spike
     momentum_cosine              cosine of the gradient and μ
@@ -59,8 +71,9 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
     skipped                      steps that guards inside have skipped so far
     ===========================  ================================================================================
 
-    Each as "all/name", and, inside `by_path`, as "pattern/name" for each group that trains; 0 where there is no such thing. Norms
-    are of all elements, everything else of a sample of the 32 largest leaves of each. What is observed changes no update.
+    Each as "all/name", and, inside `by_path`, as "pattern/name" for each group that has parameters and trains them; left out
+    where there is no such thing, ν of momentum or codes of float32 moments. Norms are of all elements, everything else of a
+    sample of the 32 largest leaves of each. NaN where it has NaN. What is observed changes no update.
 
     Args:
       tx: the optimizer. Of transformations of others, an `optax.chain` too, gradients and updates are seen, moments are not.
@@ -70,8 +83,8 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
 
     Raises:
       TypeError: if `tx` is no transformation, `every` or `sample` no integer.
-      ValueError: for a negative `every`, a `sample` below 1, a `tx` that takes or gives `Moments` or is observed already; in
-        `update`, without `params`.
+      ValueError: for a negative `every`, a `sample` below 1, a `tx` that takes or gives `Moments` or is observed already, or has
+        a group called "all"; in `update`, without `params`, or for the state of a run that is not observed.
 
     Source: |μ̂|/√ν̂: Kingma & Ba (2015), §2.1. g/√ν̂: Wortsman et al., "Stable and low-precision training for large-scale
     vision-language models" (2023), §3.4.
@@ -79,7 +92,11 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
     flow = expect_optimizer(tx, "observe")
     if "observe" in _builds(tx):
         raise ValueError(f"observe: found {show(tx)}, which is observed already; expected one observer of a run.")
+    if "all" in _patterns(tx):
+        raise ValueError("observe: found a group 'all', which is the name of everything; write its pattern as 'all()'.")
     expect_integer("observe: every", every, least=0)
+    if every > np.iinfo(np.int32).max:
+        raise ValueError(f"observe: every: found {every}; expected fewer than 2³¹ steps, or 0 for never.")
     expect_integer("observe: sample", sample, least=1)
     if every == 0:
         return tx
@@ -87,12 +104,20 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
 
     def init(params: PyTree) -> ObserveState:
         state = inner.init(params)
-        names = [f"{group}/{name}" for group in ("all", *_groups(tx)) for name in METRICS]
-        zero = np.zeros((), np.float32)
-        return ObserveState(state, jnp.zeros((), jnp.int32), {name: jnp.asarray(zero) for name in ("step", *names)})
+        observed = {"step": jnp.zeros((), jnp.int32)}
+        for group, part, its, inside in [("all", tx, params, state), *_groups(tx, params, state)]:
+            seen = sights(part, its, inside)
+            observed |= {f"{group}/{name}": jnp.zeros((), np.float32) for name in METRICS if name in seen}
+        return ObserveState(state, jnp.zeros((), jnp.int32), observed)
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, ObserveState]:
         params = expect_params(params, "observe()")
+        if not isinstance(state, ObserveState):
+            raise ValueError(
+                f"observe: found a state of {type(state).__name__}; expected the one that `init` of the observed transformation "
+                f"made, or `update` returned. A run that is under way takes its state along: "
+                f"convert_state(state, tx, observe(tx), params).state."
+            )
         step = increment(state.step)
 
         def look() -> dict[str, Array]:
@@ -101,7 +126,8 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
             made, after = take_step(inner, updates, state.inner_state, params, context._replace(gate=None, probe=probe))
             probe.end(updates, made, state.inner_state, after, params)
             found = {f"{group}/{name}": x for group, its in probe.seen().items() for name, x in its.metrics().items()}
-            return {name: agreed(value, lax.pmean) for name, value in found.items()} | {"step": step.astype(np.float32)}
+            # Of a group without parameters that train, and of what it has not, there is nothing to keep.
+            return {"step": step} | {name: agreed(found[name], lax.pmean) for name in state.observed if name != "step"}
 
         observed = lax.cond(state.step % np.int32(every) == 0, look, lambda: state.observed)
         before = state.inner_state
@@ -123,7 +149,8 @@ def _once(observed: dict[str, Array], tree: PyTree) -> PyTree:
     keeps to an order only where a value depends on another one, so the arrays depend on whether a number that is never negative
     is not −1.
     """
-    bits = lax.bitcast_convert_type(jnp.stack(list(observed.values())), np.uint32) >> np.uint32(1)
+    numbers = jnp.stack([value for name, value in observed.items() if name != "step"])
+    bits = lax.bitcast_convert_type(numbers, np.uint32) >> np.uint32(1)
     known = jnp.max(bits).astype(np.int32) != hide(np.int32(-1))
     return jax.tree.map(lambda x: jnp.where(known, x, jnp.zeros_like(x)) if _is_array(x) else x, tree)
 
@@ -141,15 +168,33 @@ def _builds(tx: Any) -> set[str]:
     return {spec.build.__name__}.union(*map(_builds, [*spec.stages, *spec.inner.values()]))
 
 
-def _groups(tx: Any, prefix: str = "") -> Iterator[str]:
-    """The names of all groups inside a transformation."""
-    if isinstance(tx, Transformation):
-        for part in tx.init.spec.stages:
-            yield from _groups(part, prefix)
-        for name, part in tx.init.spec.inner.items():
-            here = f"{prefix}/{name}" if prefix and name else prefix or name
-            yield from [here] if name else []
-            yield from _groups(part, here)
+def _patterns(tx: Any) -> set[str]:
+    """The names of the outermost groups."""
+    if not isinstance(tx, Transformation):
+        return set()
+    spec = tx.init.spec
+    return set(spec.inner) if spec.build is by_path else set().union(*map(_patterns, [*spec.stages, *spec.inner.values()]))
+
+
+def _groups(tx: Any, params: PyTree, state: Any, prefix: str = "") -> Iterator[tuple[str, Any, PyTree, Any]]:
+    """The groups inside a transformation that have parameters which train: name, transformation, parameters, state."""
+    spec = tx.init.spec if isinstance(tx, Transformation) else None
+    if spec is None:
+        return
+    for part, its in zip(spec.stages, state if spec.stages else (), strict=True):
+        yield from _groups(part, params, its, prefix)
+    if spec.build is not by_path:
+        for _, part, its in wrapped(tx, state):
+            yield from _groups(part, params, its, prefix)
+        return
+    said = spec.arguments.arguments
+    belongs = labels(said["groups"], params, said["ordered"])
+    for name, part in spec.inner.items():
+        inside = only(name, belongs, params)
+        if any(map(takes_part, jax.tree.leaves(inside))):
+            here = f"{prefix}/{name}" if prefix else name
+            yield here, part, inside, state.inner_states[name]
+            yield from _groups(part, inside, state.inner_states[name], here)
 
 
 def observations(state: Any) -> dict[str, Array]:
@@ -165,6 +210,13 @@ def observations(state: Any) -> dict[str, Array]:
     if len(found) != 1:
         raise ValueError(
             f"observations: found {len(found)} observers in the state; expected one. Wrap the whole optimizer in observe(...), "
-            f"and pass its state."
+            f"and pass its state; with every=0 it is not there."
         )
-    return found[0]
+    copied: dict[str, Array] = _copied(found[0])
+    return copied
+
+
+@jax.jit
+def _copied(observed: dict[str, Array]) -> Any:
+    """New arrays: a step that takes the state as a donation deletes those in it."""
+    return jax.tree.map(jnp.copy, observed)

@@ -237,7 +237,9 @@ def _overridden(default: Any, changes: Mapping[str, Any], who: str) -> Transform
     known = [*said, *([MULTIPLIER] if rates else [])]
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = [other for other in rates if name in ("learning_rate", "lr")] or difflib.get_close_matches(
+                str(name), known, n=1
+            )
             hint = f"did you mean {near[0]}? " if near else ""
             raise TypeError(f"{who}: found {name!r}; {hint}{spec.build.__name__} has {', '.join(known)}.")
     said |= {name: value for name, value in changes.items() if name != MULTIPLIER}

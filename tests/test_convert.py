@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import adam_jax as aj
 from adam_jax import storage
@@ -432,6 +433,25 @@ def test_what_cannot_be_is_an_error():
         aj.convert_state(state, aj.rmsprop(0.1), old, PARAMS)
     with refused(ValueError, "structure"):
         aj.convert_state((*state, optax.EmptyState()), old, old, PARAMS)
+
+
+def test_a_run_of_others_is_no_run_of_ours():
+    theirs = optax.adam(0.1)
+    with refused(ValueError, "found from_tx of others", "from_optax"):
+        aj.convert_state(theirs.init(PARAMS), theirs, aj.adam(0.1), PARAMS)
+
+
+def test_an_nnx_optimizer_goes_on_with_another():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    gradient = nnx.grad(lambda model: (model(jnp.ones((1, 2))) ** 2).sum())
+    old, new = nnx.Optimizer(model, aj.adam(0.1), wrt=nnx.Param), nnx.Optimizer(model, aj.amsgrad(0.1), wrt=nnx.Param)
+    old.update(model, gradient(model))
+    found = aj.convert_state(old.opt_state, old.tx, new.tx, nnx.state(model, nnx.Param))
+    assert [entry.place for entry in found.fresh] == ["[2].nu_max"]
+    nnx.update(new.opt_state, nnx.state(found.state))
+    np.testing.assert_array_equal(new.opt_state[0].mu["kernel"][...], old.opt_state[0].mu["kernel"][...])
+    new.update(model, gradient(model))
+    assert int(new.opt_state[0].count[...]) == 2
 
 
 def test_the_report_is_a_table():

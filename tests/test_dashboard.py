@@ -24,7 +24,7 @@ def history():
 
 
 def lines(figure, title):
-    (axes,) = [axes for axes in figure.axes if axes.get_title() == title]
+    (axes,) = [axes for axes in figure.axes if axes.get_title().endswith("\n" + title)]
     return [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
 
 
@@ -32,7 +32,7 @@ def test_lines_are_the_history(history):
     figure = aj.plot(history)
     looks = {int(look["step"]): look for look in history if look["step"]}
     assert sorted(looks) == [1, 3, 5, 7]
-    for title, metric in [("norm of the gradient", "gradient_norm"), ("RMS of g/√ν", "normalized_gradient_rms")]:
+    for title, metric in [("norm of the gradient", "gradient_norm"), ("RMS of g/√ν̂", "normalized_gradient_rms")]:
         for group, line in zip(("all", "b", "default"), lines(figure, title), strict=True):
             np.testing.assert_array_equal(line.get_xdata(), [1, 3, 5, 7])
             np.testing.assert_array_equal(line.get_ydata(), [float(looks[t][f"{group}/{metric}"]) for t in sorted(looks)])
@@ -46,9 +46,17 @@ def test_each_look_is_drawn_once_in_order(history):
 
 
 def test_what_a_run_has_not_is_left_out(history):
-    titles = {axes.get_title() for axes in aj.plot(history).axes}
-    assert "norm of the gradient" in titles
-    assert not titles & {"steps skipped", "share of codes at an end", "share of 16-bit parameters that stay"}
+    titles = {axes.get_title().split("\n")[0] for axes in aj.plot(history).axes}
+    assert "gradient_norm" in titles
+    assert not titles & {"skipped", "ends_share", "unmoved_share"}
+
+
+def test_zero_is_seen_on_a_logarithmic_axis(history):
+    """A dead layer's gradient is."""
+    dead = [look | {"b/gradient_norm": 0.0} for look in history]
+    drawn = lines(aj.plot(dead), "norm of the gradient")
+    assert [line.get_marker() for line in drawn] == [".", "v", "."]
+    np.testing.assert_array_equal(drawn[1].get_xdata(), [1, 3, 5, 7])
 
 
 def test_what_is_not_finite_is_left_out(history):
@@ -62,11 +70,21 @@ def test_refused(history):
         aj.plot(history[:1])
     with pytest.raises(ValueError, match="plot: found no look in the history"):
         aj.plot([])
-    with pytest.raises(ValueError, match=r"groups: found \['head'\]; expected some of \['all', 'b', 'default'\]"):
-        aj.plot(history, groups=["head"])
+    for groups in (["head"], "head", [], 3):
+        with pytest.raises(ValueError, match=r"groups: found .*; expected one or some of \['all', 'b', 'default'\]"):
+            aj.plot(history, groups=groups)
+    with pytest.raises(ValueError, match="two looks at step 7 that differ; expected the history of one run"):
+        aj.plot([*history, history[-1] | {"all/gradient_norm": 3.0}])
     for wrong, says in {"history": "found str", 1: "found int"}.items():
         with pytest.raises(TypeError, match=f"{says}; expected a list of what observations"):
             aj.plot(wrong)
-    for wrong, says in [(1.0, "found float at place 1"), ({"loss": 1.0}, "found the names loss at place 1")]:
+    for wrong, says in [
+        (1.0, "found float at place 1"),
+        ({"loss": 1.0}, "found the names loss at place 1"),
+        ({}, r"the names \(none\)"),
+    ]:
         with pytest.raises(TypeError, match=says):
             aj.plot([history[-1], wrong])
+    for wrong, says in [("x", "'x' as 'all/gradient_norm'"), (None, "None as"), (np.ones(3), r"an array of shape \(3,\) as")]:
+        with pytest.raises(TypeError, match=f"plot: found {says}.* at place 0 of the history; expected a number"):
+            aj.plot([{"step": 1, "all/gradient_norm": wrong}])

@@ -266,6 +266,9 @@ def test_list_shows_every_member_with_its_description(capsys):
         (("--devices", 0), "--devices: found 0"),
         (("--checkpoint-every", 0), "--checkpoint-every: found 0"),
         (("--resume",), "--resume: found no --checkpoint-dir"),
+        (("--checkpoint-every", 4), "--checkpoint-every: found no --checkpoint-dir"),
+        (("--checkpoint-dir", ""), "--checkpoint-dir: found ''; expected the name of a directory"),
+        (("--log-dir", " "), "--log-dir: found ' '; expected the name of a directory"),
         (("--checkpoint-dir", __file__), "--checkpoint-dir: cannot write in"),
         (("--log-dir", "/proc/logs"), "--log-dir: cannot write in '/proc/logs': No such file"),
         (("docter",), "command: found 'docter'; did you mean doctor? known are train, describe, doctor"),
@@ -659,8 +662,9 @@ def test_events_hold_the_curves(demonstrate, write, quick, tmp_path, monkeypatch
 
 def test_a_resumed_run_logs_each_step_once(demonstrate, write, quick, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
-    options = ["--data", write(), "--optimizers", "adam", "--learning-rate", 0.01, "--checkpoint-every", 4]
+    options = ["--data", write(), "--optimizers", "adam", "--learning-rate", 0.01]
     demonstrate(*options, "--log-dir", tmp_path / "whole")
+    options += ["--checkpoint-every", 4]
     from adam_jax import _report
 
     draw = _report.progress
@@ -688,7 +692,19 @@ def test_a_resumed_run_logs_each_step_once(demonstrate, write, quick, tmp_path, 
     assert sum(bool(event.summary.value) for event in found) > len(whole)  # steps that were lost are logged again
 
 
+def test_a_folder_that_is_a_file_is_refused(refusal, tmp_path):
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "adam").touch()
+    assert "--log-dir: cannot write in" in refusal("--optimizers", "adam", "--log-dir", tmp_path)
+
+
 # Commands
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert (stopped.value.code, capsys.readouterr().out) == (0, f"adam_jax {adam_jax.__version__}\n")
 
 
 def test_describe_weighs_the_network(capsys):

@@ -328,6 +328,35 @@ def test_masked_leaves_are_frozen():
         aj.to_optax(moved, tx, optax.masked(optax.adam(1e-3), {"w": False, "b": True}).init(LARGE))
 
 
+@pytest.mark.parametrize("state", [None, "x", {"state": {}}, optax.EmptyState(), aj.adam(1e-3).init(LARGE)])
+def test_what_is_no_state_of_optax_is_refused(state):
+    with refused(ValueError, "from_optax: found no moments of Optax in a", "optax.adam(1e-3).init(params)"):
+        aj.from_optax(state, aj.adam(1e-3), LARGE)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_decays_that_a_state_keeps_are_those_of_tx():
+    state = steps_of(optax.inject_hyperparams(optax.adam)(1e-2, b2=0.99), LARGE)
+    aj.from_optax(state, aj.adam(1e-2, b2=0.99), LARGE)
+    with refused(ValueError, "found b2=0.99 in inject_hyperparams, and 0.999 in tx", "convert_state"):
+        aj.from_optax(state, aj.adam(1e-2), LARGE)
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, "x", 10**10, np.nan])
+def test_counts_that_are_none_are_refused(count):
+    state = optax.rmsprop(1e-3).init(LARGE)
+    with refused(ValueError, f"found {count!r} steps; expected a whole number from 0 on"):
+        aj.from_optax(state, aj.rmsprop(1e-3), LARGE, count=count)
+
+
+def test_a_tx_without_moments_has_nothing_to_move():
+    with refused(ValueError, "keeps no moments, so there is nothing to move: begin with tx.init(params)"):
+        aj.from_optax(optax.adam(1e-3).init(LARGE), aj.presets.torch.sgd(1e-3), LARGE)
+    tx = aj.presets.torch.adamw(1e-3)  # as many stages as amsgrad
+    with refused(ValueError, "to_optax: found", "expected the state of keep_maximum"):
+        aj.to_optax(tx.init(LARGE), aj.amsgrad(1e-3), optax.amsgrad(1e-3).init(LARGE))
+
+
 def test_wrappers_with_arrays_of_their_own_give_the_state_inside():
     tx = aj.adam(1e-3)
     several = steps_of(optax.MultiSteps(optax.adam(1e-3), 2), LARGE, 6)
@@ -400,7 +429,7 @@ def refused(error, *says):
         ),
         (optax.adabelief(1.0), aj.adam(1.0), ["a mean of squared distances from the mean ([0].nu), which tx has not"]),
         (optax.adam(1.0), aj.adabelief(1.0), ["a mean of squares ([0].nu), which tx has not"]),
-        (optax.lion(1.0), aj.adam(1.0), ["tx has a mean of gradients, which the state has not"]),
+        (optax.lion(1.0), aj.adam(1.0), ["found no moments of Optax in a tuple"]),
         (optax.chain(optax.adam(1.0), optax.adam(1.0)), aj.adam(1.0), ["a mean of gradients of b at [0][0].mu and at [1][0].mu"]),
         (optax.adam(1.0), aj.chain(*aj.adam(1.0).stages[:-1], aj.adam(1.0)), ["tx has a mean", "at [0] and at [3][0]"]),
         (optax.chain(optax.adam(1.0), optax.lion(1.0)), aj.adam(1.0), ["left over [1][0].mu['b']"]),

@@ -418,6 +418,17 @@ def test_kernels_have_their_first_axes_last_and_other_leaves_stay(torch_shape, f
         np.testing.assert_array_equal(aj.params_to_torch(made, {"layers.0.weight": x})["layers.0.weight"], x)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_transposed_convolution_of_flax_with_a_transposed_kernel(torch):
+    up = torch.nn.ConvTranspose2d(3, 5, 3, stride=2)
+    layer = linen.ConvTranspose(5, (3, 3), strides=(2, 2), padding="VALID", transpose_kernel=True)
+    x = draw(1, 4, 4, 3)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    found = layer.apply({"params": aj.params_from_torch(up.state_dict(), shapes)}, x)
+    theirs = up(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, theirs, atol=1e-6)
+
+
 def test_after_flatten_puts_rows_where_flax_flattens():
     images, x = draw(5, 3, 2, 4), draw(7, 24, seed=1)
     there, back = aj.after_flatten((3, 2, 4))

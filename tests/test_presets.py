@@ -389,7 +389,14 @@ def test_what_is_not_supported_is_refused():
         presets.torch.sgd(nesterov=True)
     with pytest.raises(ValueError, match="found clipnorm and clipvalue; expected one of them at most"):
         presets.keras.adam(clipnorm=1.0, clipvalue=1.0)
-    with pytest.raises(ValueError, match="limit: found 0.0; expected a number in"):
+    with pytest.raises(ValueError, match="clipnorm: found -1"):
+        presets.keras.adam(clipnorm=-1.0)
+    for preset in (presets.keras.adam, presets.torch.adamw):
+        with pytest.raises(ValueError, match="amsgrad: found 'yes'; expected one of True, False"):
+            preset(amsgrad="yes")
+    with pytest.raises(ValueError, match="betas: found 0.001; .* Parameters are no argument"):
+        presets.torch.adam([jnp.ones(3)], 1e-3)
+    with pytest.raises(ValueError, match="global_clipnorm: found 0.0; expected a number in"):
         presets.keras.adam(global_clipnorm=0.0)
 
 

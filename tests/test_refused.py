@@ -34,6 +34,21 @@ def refused(error, *says):
     return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in says))
 
 
+def test_leaves_that_are_no_arrays_are_named():
+    tx = adam_jax.adamw(1e-3)
+    with refused(TypeError, "adamw: init: at ['f']: found", "expected an array or its shape", "eqx.filter"):
+        tx.init({"f": jax.nn.relu, "w": jnp.ones(3)})
+    observed = adam_jax.observe(tx)
+    with refused(TypeError, "observe: update: at ['f']: found 'x'"):
+        observed.update(PARAMS, observed.init(PARAMS), {"f": "x"})
+
+
+def test_tensors_of_pytorch_are_told_apart():
+    torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle: pip install torch")
+    with refused(TypeError, "adam: init: at ['w']: found a tensor of PyTorch", "params_from_torch"):
+        adam_jax.adam(1e-3).init({"w": torch.ones(3)})
+
+
 def arguments(*names):
     """Those of the named arguments that each member takes."""
     members = {name: getattr(adam_jax, name) for name in adam_jax.family.__all__}

@@ -84,6 +84,11 @@ def test_some_leaves_step_as_new_ones_and_the_others_as_before(member, form):
         assert first < 7 or not np.allclose(head(before), head(new), rtol=1e-2)  # the first of adopt is 0
 
 
+def test_leaves_are_named_as_groups_name_them():
+    _, state = trained(aj.adam(0.1))
+    same(aj.reset(state, match="^head/w$"), aj.reset(state, match=HEAD))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_all_leaves_are_those_of_a_fresh_state(member, form):
     tx = member(0.1, storage=form)

@@ -10,7 +10,7 @@ from jax import Array
 
 from adam_jax._apply import add_decayed_weights
 from adam_jax._bias import correct_bias, look_ahead
-from adam_jax._hyperparams import Hyperparameter, cast, first_values, increment
+from adam_jax._hyperparams import Hyperparameter, cast, expect_one_of, first_values, increment
 from adam_jax._hyperparams import ScalarOrSchedule as Number
 from adam_jax._moments import Storage, track_moments
 from adam_jax._refine import keep_maximum
@@ -34,6 +34,7 @@ def decays(weight_decay: Number | None) -> Stages:
 
 def adam_direction(b1: Number, b2: Number, eps: Number, amsgrad: bool, storage: Storage, *, correct_last: bool) -> Stages:
     """Adam up to the learning rate; the maximum is that of the raw ν, as in every framework but Optax."""
+    expect_one_of("amsgrad", amsgrad, (True, False))
     return (
         track_moments(b1, b2, storage=storage),
         *((keep_maximum(storage=storage),) if amsgrad else ()),
@@ -112,6 +113,8 @@ def clips(clipnorm: Number | None, clipvalue: Number | None, global_clipnorm: Nu
     if len(used) > 1:
         names = " and ".join(name for name, _ in used)
         raise ValueError(f"found {names}; expected one of them at most. Chain the other in front.")
+    for name, limit in used:
+        Hyperparameter(name, limit, "(0, inf)")
     return tuple(
         clip_elements(limit) if name == "clipvalue" else clip_norm(limit, whole=name == "global_clipnorm") for name, limit in used
     )

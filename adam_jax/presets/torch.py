@@ -36,7 +36,9 @@ def negate() -> tuple[Init, Update]:
 
 def _pair(betas: Any) -> Betas:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas: found {betas!r}; expected a pair, as in betas=(0.9, 0.999).")
+        raise ValueError(
+            f"betas: found {betas!r}; expected a pair, as in betas=(0.9, 0.999). Parameters are no argument: `init` takes them."
+        )
     return betas[0], betas[1]
 
 
