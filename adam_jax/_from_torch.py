@@ -178,7 +178,7 @@ def to_torch(
 
     def is_trained(name: str) -> bool:
         options = _options(_target(name, mapping, who) or "")
-        return not any(re.fullmatch(pattern, path) for pattern in frozen for path in options)
+        return not any(is_frozen(path) for is_frozen in frozen for path in options)
 
     called = {i: name for i, name in _called(groups, names, who).items() if is_trained(name)}
     pairs = _pairs(called.values(), leaves, mapping, transpose, who)
@@ -492,11 +492,17 @@ def _differ(theirs: Any, ours: Any) -> bool:
     return both and not math.isclose(theirs, ours, rel_tol=1e-6)
 
 
-def _frozen(tx: Any) -> Iterator[str]:
-    """The patterns of groups that are frozen."""
+def _frozen(tx: Any) -> Iterator[Callable[[str], bool]]:
+    """Whether the groups of a transformation freeze a path."""
     spec = tx.init.spec if isinstance(tx, Transformation) else None
     if spec is not None and spec.build is by_path:
-        yield from (pattern for pattern, group in spec.arguments.arguments["groups"].items() if isinstance(group, str))
+        said = spec.arguments.arguments
+
+        def is_frozen(path: str) -> bool:
+            matching = (group for pattern, group in said["groups"].items() if re.fullmatch(pattern, path))
+            return isinstance(next(matching, said["default"]), str)
+
+        yield is_frozen
     for part in () if spec is None else (*spec.stages, *spec.inner.values()):
         yield from _frozen(part)
 

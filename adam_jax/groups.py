@@ -47,7 +47,9 @@ class ByPathState(NamedTuple):
     inner_states: dict[str, PyTree]
 
 
-def by_path(groups: Mapping[str, Group], default: optax.GradientTransformation, *, ordered: bool = False) -> Transformation:
+def by_path(
+    groups: Mapping[str, Group], default: optax.GradientTransformation | Literal["frozen"], *, ordered: bool = False
+) -> Transformation:
     """Gives parameters their own optimizer or hyperparameters, or none, by their paths.
 
         tx = by_path(
@@ -66,7 +68,7 @@ def by_path(groups: Mapping[str, Group], default: optax.GradientTransformation, 
     Args:
       groups: by pattern, a transformation; arguments of `default` to change, a mapping by name, where
         "learning_rate_multiplier" multiplies its learning rate; or "frozen": no update and no state.
-      default: the transformation of all other leaves.
+      default: the transformation of all other leaves, or "frozen".
       ordered: let a leaf that several patterns match belong to the first of them. Otherwise that is an error.
 
     Raises:
@@ -78,8 +80,11 @@ def by_path(groups: Mapping[str, Group], default: optax.GradientTransformation, 
     _expect_patterns(groups)
     groups = {pattern: dict(group) if isinstance(group, Mapping) else group for pattern, group in groups.items()}
     expect_one_of("by_path: ordered", ordered, (True, False))
-    flows = {DEFAULT: expect_optimizer(default, "by_path: default")}
-    parts: dict[str, Any] = {}
+    flows, parts = {}, {}
+    if isinstance(default, str):
+        expect_one_of("by_path: default", default, ("frozen",))
+    else:
+        flows[DEFAULT] = expect_optimizer(default, "by_path: default")
     for pattern, group in groups.items():
         who = f"by_path: {pattern!r}"
         if isinstance(group, str):
@@ -87,7 +92,10 @@ def by_path(groups: Mapping[str, Group], default: optax.GradientTransformation, 
             continue
         parts[pattern] = _overridden(default, group, who) if isinstance(group, Mapping) else group
         flows[pattern] = expect_optimizer(parts[pattern], who)
-    parts[DEFAULT] = default
+    if not isinstance(default, str):
+        parts[DEFAULT] = default
+    if not parts:
+        raise ValueError("by_path: found that all groups and the default are 'frozen'; expected a transformation for some.")
     flow = _flow(parts, flows)
     for name, part in parts.items():
         parts[name] = part if isinstance(part, Transformation) else optax.with_extra_args_support(part)
@@ -230,7 +238,7 @@ def _overridden(default: Any, changes: Mapping[str, Any], who: str) -> Transform
     said = dict(spec.arguments.arguments) if spec is not None and not spec.inner else {}
     if spec is None or not said or "stages" in said:
         raise TypeError(
-            f"{who}: found the overrides {show(changes)} of {show(default)}, whose arguments have no names; expected a default "
+            f"{who}: found the overrides {show(changes)} of {show(default)}, which has no arguments by name; expected a default "
             f"such as adamw(1e-3). Chain what is around it around by_path(...), or give the group a transformation."
         )
     rates = [name for name in ("learning_rate", "lr") if name in said]

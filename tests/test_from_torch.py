@@ -589,8 +589,10 @@ def test_settings_of_groups_are_those_of_their_leaves():
             moved(saved(weight_decay=0.1, decoupled_weight_decay=decoupled), its)
 
 
-def test_frozen_leaves_have_no_state_to_take():
-    tx = aj.by_path({"norm/.*": "frozen"}, aj.adam(1e-3))
+@pytest.mark.parametrize(
+    "tx", [aj.by_path({"norm/.*": "frozen"}, aj.adam(1e-3)), aj.by_path({"dense/.*": aj.adam(1e-3)}, "frozen")]
+)
+def test_frozen_leaves_have_no_state_to_take(tx):
     state_dict = saved()
     with refused(ValueError, "left over the state of norm.weight, of which tx keeps none", "convert_state"):
         moved(state_dict, tx)

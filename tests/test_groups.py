@@ -216,6 +216,20 @@ def test_integer_leaves_outside_of_frozen_groups():
 # Trees
 
 x, y = jax.random.normal(jax.random.key(0), (8, 2)), jnp.arange(8.0)[:, None]
+
+
+def test_all_but_some_are_frozen():
+    """A head on what was trained before."""
+    tx, all_but = by_path({"head/.*": DEFAULT}, "frozen"), by_path({"(embed|encoder)/.*": "frozen"}, DEFAULT)
+    (found, state), (expected, its) = (run(of, PARAMS, tree(1)) for of in (tx, all_but))
+    same(found, expected)
+    assert list(state.inner_states) == ["head/.*"]
+    assert list(map(bits, jax.tree.leaves(state))) == list(map(bits, jax.tree.leaves(its)))
+    stages = {leaf.path: leaf.stages for leaf in aj.describe(tx, PARAMS).leaves}
+    assert stages["embed/table"] == ("frozen",) != stages["head/kernel"]
+    assert {name.rpartition("/")[0] for name in aj.observations(aj.observe(tx).init(PARAMS))} == {"", "all", "head/.*"}
+
+
 PATTERNS = {r".*/bias": {"learning_rate_multiplier": 0.5}, "first/.*": "frozen"}
 
 
@@ -371,6 +385,18 @@ AT_ONCE = {
     "no_group": (lambda: by_path({"a": None}, adam), TypeError, "by_path: 'a': found None", "such as adam(1e-3)"),
     "uncalled": (lambda: by_path({"a": aj.adam}, adam), TypeError, "did you mean to call it?"),
     "no_default": (lambda: by_path({"a": "frozen"}, 0.1), TypeError, "by_path: default: found 0.1"),
+    "default_frozn": (
+        lambda: by_path({"a": adam}, "frozn"),
+        ValueError,
+        "by_path: default: found 'frozn'; expected one of 'frozen'",
+    ),
+    "all_frozen": (lambda: by_path({"a": "frozen"}, "frozen"), ValueError, "all groups and the default are 'frozen'"),
+    "overrides_of_frozen": (lambda: by_path({"a": {"b1": 0.5}}, "frozen"), TypeError, "the overrides {'b1': 0.5} of 'frozen'"),
+    "another_name": (
+        lambda: by_path({"a": {"learning_rate": 0.5}}, aj.presets.torch.adamw()),
+        TypeError,
+        "found 'learning_rate'; did you mean lr?",
+    ),
     "moments": (
         lambda: by_path({"a": aj.track_moments()}, adam),
         ValueError,
@@ -405,7 +431,12 @@ AT_ONCE = {
         "around by_path(...)",
     ),
     "wrapper": (lambda: by_path({"a": {"eps": 0.1}}, aj.skip_nonfinite(adam)), TypeError, "the overrides", "skip_nonfinite("),
-    "optax": (lambda: by_path({"a": {"eps": 0.1}}, optax.adam(0.1)), TypeError, "the overrides", "whose arguments have no names"),
+    "optax": (
+        lambda: by_path({"a": {"eps": 0.1}}, optax.adam(0.1)),
+        TypeError,
+        "the overrides",
+        "which has no arguments by name",
+    ),
     "value": (lambda: by_path({"a": {"b1": 2.0}}, adam), ValueError, "b1: found 2.0"),
     "schedule_of_multipliers": (
         lambda: by_path({"a": {"learning_rate_multiplier": halved}}, adam),
