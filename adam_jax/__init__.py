@@ -26,7 +26,8 @@ from adam_jax.sharding import state_shardings
 from adam_jax._convert import Converted, Entry, convert_state
 from adam_jax._reset import reset
 from adam_jax._from_optax import from_optax, to_optax
-from adam_jax._from_torch import after_flatten, from_torch, params_from_torch, params_to_torch, to_torch
+from adam_jax._from_torch import from_torch, to_torch
+from adam_jax._params_from_torch import after_flatten, params_from_torch, params_to_torch
 from adam_jax._transformation import Context, Flow, Transformation, recipe, stage
 from adam_jax import family, presets
 from adam_jax.family import (

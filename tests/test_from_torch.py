@@ -119,6 +119,15 @@ def train_torch(torch, model, optimizer, batches, steps):
     return losses
 
 
+def into_torch(torch, model, optimizer, params, state, tx, names=None, **rules):
+    """Loads a run of ours, as the docs say it."""
+    weights = aj.params_to_torch(params, model.state_dict(), **rules)
+    model.load_state_dict({n: torch.tensor(x) for n, x in weights.items()})
+    found = aj.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
+    found["state"] = {i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()}
+    optimizer.load_state_dict(found)
+
+
 def trainer(apply, tx, batches):
     """(params, state, steps) -> (losses, params, state)."""
 
@@ -202,11 +211,7 @@ def test_a_training_run_moves_to_pytorch_and_goes_on_with_the_same_losses(torch,
 
     optimizer = getattr(torch.optim, name.split()[0])(model.parameters(), lr=1e-3, **options)
     names = [n for n, _ in model.named_parameters()]
-    weights = aj.params_to_torch(params, model.state_dict(), **rules)
-    model.load_state_dict({n: torch.tensor(x) for n, x in weights.items()})
-    found = aj.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
-    found["state"] = {i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()}
-    optimizer.load_state_dict(found)
+    into_torch(torch, model, optimizer, params, state, tx, names=names, **rules)
 
     theirs = train_torch(torch, model, optimizer, batches, range(60, 120))
     ours, *_ = train(params, state, range(60, 120))
@@ -253,11 +258,7 @@ def test_a_run_with_parameter_groups_moves_and_moves_back(torch, batches, name):
 
     again = torch_net(torch)
     optimizer, names = in_groups(torch, again)
-    weights = aj.params_to_torch(params, again.state_dict(), **rules)
-    again.load_state_dict({n: torch.tensor(x) for n, x in weights.items()})
-    found = aj.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
-    found["state"] = {i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()}
-    optimizer.load_state_dict(found)
+    into_torch(torch, again, optimizer, params, state, tx, names=names, **rules)
     theirs = train_torch(torch, again, optimizer, batches, range(60, 90))
     ours, *_ = train(params, state, range(60, 90))
     np.testing.assert_allclose(theirs, ours, rtol=1e-5)
@@ -336,11 +337,7 @@ def test_presets_go_on_in_either_direction(torch, name):
     start = np.asarray(params["kernel"])
     again = torch.nn.Linear(3, 4, bias=False)
     optimizer = type(optimizer)(again.named_parameters(), lr=0.01, **options)
-    weights = aj.params_to_torch(params, again.state_dict())
-    again.load_state_dict({n: torch.tensor(x) for n, x in weights.items()})
-    made = aj.to_torch(state, tx, optimizer.state_dict())
-    made["state"] = {i: {k: torch.tensor(v) for k, v in its.items()} for i, its in made["state"].items()}
-    optimizer.load_state_dict(made)
+    into_torch(torch, again, optimizer, params, state, tx)
     found, _ = ours(params, state, then)
     np.testing.assert_allclose(theirs(optimizer, again, then) - start, found["kernel"] - start, rtol=2e-5, atol=2e-6)
 
