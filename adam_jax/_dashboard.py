@@ -90,7 +90,8 @@ def plot(history: Sequence[Mapping[str, Any]], *, groups: str | Sequence[str] | 
                     heights = np.full(at_foot.sum(), 0.03 + 0.05 * (j % 4))
                     handles[group] = axes.plot(steps[at_foot], heights, "v", color=colour, ms=3, transform=foot)[0]
                 if drawn.any():
-                    handles[group] = axes.plot(steps[drawn], values[drawn], style, color=colour, marker=marker, lw=1.3)[0]
+                    width = 3 if group == "all" and len(chosen) > 1 else 1.3  # it is often hidden by the largest group
+                    handles[group] = axes.plot(steps[drawn], values[drawn], style, color=colour, marker=marker, lw=width)[0]
         if panel.log:
             axes.set_yscale("log")
         if panel.level is not None:
