@@ -44,6 +44,24 @@ def collectives(text):
     ]
 
 
+OBSERVED = {
+    "float32": (adam_jax.adam(1e-3), jnp.float32),
+    "8bit": (adam_jax.chain(adam_jax.adam(1e-3, storage="8bit"), adam_jax.round_stochastically()), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("name", OBSERVED)
+def test_an_observed_step_copies_nothing_and_looks_within_the_chips_own_memory(name, generation):
+    """Of a large matrix, of a table with far more rows than the sample has elements, of a convolution's kernel and of a bias."""
+    optimizer, dtype = OBSERVED[name]
+    params = abstract(((8192, 4096), (151936, 1024), (3, 3, 512, 512), (4096,)), dtype)
+    _, plain = compile_step(optimizer, params, generation)
+    _, cost = compile_step(adam_jax.observe(optimizer), params, generation)
+    assert cost.temporary <= TEMPORARY
+    assert cost.accessed <= plain.accessed + 16  # at the steps that look: what is sampled, and the gradients' norm
+
+
 @pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x")], ids=["rows", "columns"])
 @pytest.mark.parametrize("name", BOUND)
 def test_shards_exchange_nothing_but_scalars(name, spec):
