@@ -25,6 +25,10 @@ MOMENTS = ("mu", "nu", "mu_slow", "nu_max")
 LEAVES = 32
 """So many leaves of a group are looked at: a few operations for each of a thousand leaves would be minutes of compiling."""
 
+SLICED = 16
+"""The largest stride of a slice. For larger ones a TPU's compiler copies codes, or wants more of the chip's own memory than there
+is; to gather takes longer to compile."""
+
 Vectors: TypeAlias = dict[str, Array]
 
 
@@ -75,7 +79,7 @@ class Seen(NamedTuple):
     """What there is to see of a step: elements, and the gradient.
 
     Attributes:
-      gradient: whole leaves.
+      gradient: its norm.
       moved: updates and parameters.
       quotients: moments, and the directions that were made of them.
       unrounded: which 16-bit parameters the update would not move.
@@ -83,7 +87,7 @@ class Seen(NamedTuple):
       skipped: the counts of guards.
     """
 
-    gradient: list[Array]
+    gradient: Array
     moved: Row
     quotients: Row
     unrounded: Row
@@ -92,7 +96,7 @@ class Seen(NamedTuple):
 
     def metrics(self) -> dict[str, Array]:
         """Float32 scalars by the names in `METRICS`; 0 of what there is not."""
-        found = {"gradient_norm": _norm(self.gradient), "skipped": sum(count.astype(np.float32) for count in self.skipped)}
+        found = {"gradient_norm": self.gradient, "skipped": sum(count.astype(np.float32) for count in self.skipped)}
         if self.moved.of:
             step, length = (self.moved.rms(self.moved.of[name]) for name in ("update", "parameter"))
             found |= {"update_rms": step, "update_ratio": step / _unless_0(length)}
@@ -214,7 +218,7 @@ class Probe:
             if _is_field(path, whole, MOMENTS, shapes) and not takes_part(whole)
         ]
         here = Seen(
-            gradient=_taking_part(gradient),
+            gradient=_norm(*map(_taking_part, (gradient, self._few(gradient, shapes)))),
             moved=_stacked(moved),
             quotients=_stacked(quotients + [its.quotients for its in within]),
             unrounded=_stacked(unrounded),
@@ -244,9 +248,8 @@ class Probe:
         strides = [s if n > 1 else 1 for n, s in zip(leaf.shape, strides, strict=True)]  # an axis along which ν is shared
         # From the middle of a cell: the first row of a table is often one of a kind.
         starts = [min(s // 2, max(n - 1, 0)) for n, s in zip(leaf.shape, strides, strict=True)]
-        if max(strides, default=1) == 1:
-            return leaf
-        # Not a strided slice: where strides are large a TPU's compiler wants more of the chip's own memory for one than there is.
+        if max(strides, default=1) <= SLICED:
+            return lax.slice(leaf, starts, leaf.shape, strides)
         places = jnp.ix_(*(np.arange(start, n, s) for start, n, s in zip(starts, leaf.shape, strides, strict=True)))
         taken: Array = leaf.at[places].get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
         return taken
@@ -374,18 +377,18 @@ def _at_ends(code: Array) -> Vectors:
     return {"ends": _single((size == np.int32(np.iinfo(code.dtype).max)) | (size == 1))}
 
 
-def _norm(leaves: Sequence[Array]) -> Array:
-    """The Euclidean norm of all leaves together, in one pass where squares neither overflow nor vanish."""
+def _norm(leaves: Sequence[Array], some: Sequence[Array]) -> Array:
+    """The Euclidean norm of all leaves together, in one pass and in units of about the largest of some elements of theirs.
 
-    def squares(factor: Any) -> Array:
-        each = (jnp.sum(square(times(as_wide(leaf), factor))).astype(np.float32) for leaf in leaves)
-        return sum(each, jnp.zeros((), np.float32))
-
-    plain = squares(np.float32(1))
-    factor = jnp.where(plain > 1, 2.0**-80, 2.0**80).astype(np.float32)
-    fits = (plain > 1e-30) & (plain < np.inf)
-    found: Array = lax.cond(fits, lambda: jnp.sqrt(plain), lambda: jnp.sqrt(squares(factor)) / factor)
-    return found
+    Squares of what is larger than 1e19, or smaller than 1e-19, are no numbers of float32. The largest of all elements would need
+    another pass.
+    """
+    top = functools.reduce(jnp.maximum, (jnp.max(_size(its), initial=0) for its in some), jnp.zeros((), np.float32))
+    top = jnp.where(jnp.isfinite(top) & (top > 0), top, 1)
+    # A power of two, which rounds nothing, and the reciprocal of which is one as well.
+    unit = lax.reduce_precision(lax.clamp(np.float32(2.0**-100), top, np.float32(2.0**100)), exponent_bits=8, mantissa_bits=0)
+    each = (jnp.sum(square(times(as_wide(leaf), 1 / unit))).astype(np.float32) for leaf in leaves)
+    return unit * jnp.sqrt(sum(each, jnp.zeros((), np.float32)))
 
 
 def _unless_0(x: Array) -> Array:

@@ -55,7 +55,7 @@ OBSERVED = {
 def test_an_observed_step_copies_nothing_and_looks_within_the_chips_own_memory(name, generation):
     """Of a large matrix, of a table with far more rows than the sample has elements, of a convolution's kernel and of a bias."""
     optimizer, dtype = OBSERVED[name]
-    params = abstract(((8192, 4096), (151936, 1024), (3, 3, 512, 512), (4096,)), dtype)
+    params = abstract(((8192, 4096), (151936, 1024), (3, 3, 512, 512), (1000, 1000), (4096,)), dtype)
     _, plain = compile_step(optimizer, params, generation)
     _, cost = compile_step(adam_jax.observe(optimizer), params, generation)
     assert cost.temporary <= TEMPORARY
