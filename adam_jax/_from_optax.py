@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from adam_jax._memories import KINDS, Run, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
+from adam_jax._memories import KINDS, Run, all_leaves, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
 from adam_jax._paths import RAW, path_of, some
 from adam_jax._transformation import first_state
 from adam_jax._tree import PyTree, takes_part
@@ -106,7 +106,7 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     known = whole(known, who)
     if count not in (None, known):
         raise ValueError(f"{who}: found count={count}, and {known} in the state; expected none where the state has one.")
-    trees = {kind: {path: x for moment in its for path, x in moment.leaves.items()} for kind, its in found.items()}
+    trees = {kind: all_leaves(its) for kind, its in found.items()}
     return fill(tx, params, Run(known, known if steps is None else steps, trees), who)
 
 
@@ -133,7 +133,7 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
     found = _found(_split(like)[0], run.moments, who)
     same_kinds(run.moments, _places(found), who, "like")
     for kind, its in found.items():
-        same_leaves(run.moments[kind], {path: x for moment in its for path, x in moment.leaves.items()}, f"{who}: like")
+        same_leaves(run.moments[kind], all_leaves(its), f"{who}: like")
     kinds = {moment.place: kind for kind, its in found.items() for moment in its}
 
     def fit(path: Any, node: Any) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax._bias import LookAheadState
-from adam_jax._memories import Run, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
+from adam_jax._memories import Run, all_leaves, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
 from adam_jax._params_from_torch import Layouts, Names, Pair, expect_table, number_array, options_of, pairs_of, target_of
 from adam_jax._paths import some
 from adam_jax._torch_settings import expect_decays, expect_settings
@@ -45,8 +45,8 @@ def from_torch(
         params = adam_jax.params_from_torch(model.state_dict(), params, **rules)
         state = adam_jax.from_torch(optimizer.state_dict(), tx, params, names=[n for n, _ in model.named_parameters()], **rules)
 
-    `tx` has to be the same optimizer with the same decays: a state dict says neither NAdam nor RAdam, and our weights follow from
-    the decays. Its storage is free: moments are rounded to nearest.
+    `tx` has to be the same optimizer with the same decays, of which our weights follow; a state dict does not name it. Its
+    storage is free: moments are rounded to nearest. Leaves that have taken other steps than the rest go on each from its own.
 
     Args:
       state_dict: what `optimizer.state_dict()` returns, of Adam, AdamW, NAdam, RAdam, Adamax, RMSprop or SGD; tensors or arrays.
@@ -70,7 +70,7 @@ def from_torch(
     Raises:
       TypeError: for what is no state dict (we load no files) and no tensor, or if `tx` is no transformation.
       ValueError: for names that are missing, left over, or meet in one leaf; shapes that differ once transposed; steps that
-        differ from parameter to parameter; decays that are not those of `tx`; moments that only one side has.
+        are no whole number; decays and settings that are not those of `tx`; moments that only one side has.
     """
     who = "from_torch"
     groups, entries = _optimizer(state_dict, who)
@@ -78,7 +78,7 @@ def from_torch(
     parts, ours = memories(tx, first, who)
     called = _called(groups, names, who)
     leaves = trained(params)
-    held = {path for its in ours.values() for memory in its for path in memory.leaves}
+    held = {path for its in ours.values() for path in all_leaves(its)}
     pairs = pairs_of(called.values(), leaves, mapping, transpose, who, still=leaves.keys() - held)
     if extra := [str(i) for i in entries if i not in called]:
         raise ValueError(f"{who}: left over the state of {some(extra)}, parameters which no group has.")
@@ -109,7 +109,7 @@ def from_torch(
     moments: dict[str, dict[str, Any]] = {}
     for field in fields:
         its = moments[kinds[field]] = {}
-        keep = {path for memory in ours[kinds[field]] for path in memory.leaves}
+        keep = all_leaves(ours[kinds[field]])
         if lacks := [name for name, entry in of.items() if entry.get(field) is None and pairs[name].path in keep]:
             raise ValueError(f"{who}: found no {field} of {some(lacks)}; expected one for each parameter.")
         for name, entry in of.items():
@@ -192,8 +192,8 @@ def _optimizer(state_dict: Any, who: str) -> tuple[list[Any], Mapping[int, Any]]
             f"optimizer.state_dict() has them. {hint}"
         )
     groups, entries = state_dict["param_groups"], state_dict["state"]
-    whole = isinstance(groups, (list, tuple)) and all(isinstance(its, Mapping) and "params" in its for its in groups)
-    if not whole or not groups or not isinstance(entries, Mapping) or not all(isinstance(e, Mapping) for e in entries.values()):
+    listed = isinstance(groups, (list, tuple)) and all(isinstance(its, Mapping) and "params" in its for its in groups)
+    if not listed or not groups or not isinstance(entries, Mapping) or not all(isinstance(e, Mapping) for e in entries.values()):
         raise ValueError(
             f"{who}: found param_groups or a state that are not PyTorch's; expected a list of dicts with 'params', and a dict of "
             f"dicts by parameter number, as optimizer.state_dict() has them."

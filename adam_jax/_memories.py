@@ -17,10 +17,10 @@ from jax import Array
 from adam_jax._bias import LookAheadState, correct_bias
 from adam_jax._convert import Part, Side, rebuilt
 from adam_jax._moments import track_moments
-from adam_jax._paths import path_of, some
+from adam_jax._paths import by_its_path, some
 from adam_jax._refine import keep_maximum, mix_slow_mean
 from adam_jax._reset import SIGNED
-from adam_jax._transformation import Context, Transformation, is_transformation, show, take_step
+from adam_jax._transformation import Context, Transformation, expect_transformation, show, take_step
 from adam_jax._tree import PyTree, as_wide, dtype_of, takes_part
 from adam_jax.storage import narrow_to_nearest, put_back, take_out
 
@@ -76,7 +76,7 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[
       TypeError: for what is no transformation.
       ValueError: where there are no moments, or two of one kind for a leaf.
     """
-    _expect_transformation(tx, who)
+    expect_transformation(tx, who)
     try:
         parts = Side(tx, state).parts
     except (ValueError, TypeError, AttributeError) as error:
@@ -107,11 +107,6 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[
             f"give the one inside and its part of the state; build chains with adam_jax.chain."
         )
     return parts, found
-
-
-def _expect_transformation(tx: Any, who: str) -> None:
-    if not is_transformation(tx):
-        raise TypeError(f"{who}: tx: found {tx!r}; expected a gradient transformation, for example adam_jax.adam(1e-3).")
 
 
 def _kind(parts: Sequence[Part], i: int, field: str) -> str:
@@ -154,12 +149,7 @@ def same_kinds(ours: Mapping[str, Any], theirs: Mapping[str, str], who: str, whe
 
 def trained(tree: PyTree) -> dict[str, Any]:
     """The leaves that have moments, by path."""
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if takes_part(leaf)}
-
-
-def by_its_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree, by path."""
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path: leaf for path, leaf in by_its_path(tree).items() if takes_part(leaf)}
 
 
 def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
@@ -175,7 +165,7 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
     filled: dict[int, dict[str, Any]] = {}
     for kind, its in found.items():
         theirs = run.moments[kind]
-        same_leaves(theirs, dict(leaf for memory in its for leaf in memory.leaves.items()), f"{who}: {KINDS[kind]}")
+        same_leaves(theirs, all_leaves(its), f"{who}: {KINDS[kind]}")
         for part, field in its:
             leaves = []
             for path, like in Memory(part, field).leaves.items():
@@ -192,8 +182,8 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
     def states() -> Iterator[Any]:
         for part in parts:
             counts = [its_count[path] for path in leaves_of.get(part.group, its_count) if path in its_count]
-            whole = follows[max(counts, default=max(follows))].get(part.place, {})
-            fields = {field: _of_each(field, value, counts, follows, part.place) for field, value in whole.items()}
+            longest = follows[max(counts, default=max(follows))].get(part.place, {})
+            fields = {field: _of_each(field, value, counts, follows, part.place) for field, value in longest.items()}
             fields |= filled.get(id(part), {})
             if "step" in fields and part.key[0] in ("scale_by_learning_rate", "add_decayed_weights"):
                 fields["step"] = jnp.asarray(run.step, jnp.int32)
@@ -230,6 +220,11 @@ def read(tx: Any, state: PyTree, who: str) -> Run:
             moments[kind] |= {path: x.widen() for path, x in zip(memory.leaves, at_rest, strict=True)}
     ahead = [float(np.asarray(part.state.weight, np.float64).sum()) for part in parts if isinstance(part.state, LookAheadState)]
     return Run(count, steps[0] if steps else count, moments, ahead[0] if ahead else None)
+
+
+def all_leaves(moments: Sequence[Any]) -> dict[str, Any]:
+    """The leaves of a moment by path, of all groups that keep it."""
+    return {path: leaf for moment in moments for path, leaf in moment.leaves.items()}
 
 
 def same_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], who: str) -> None:

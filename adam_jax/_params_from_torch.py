@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax._paths import path_of, some
+from adam_jax._paths import by_its_path, path_of, some
 from adam_jax._tree import PyTree, dtype_of
 
 Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -42,7 +42,7 @@ def params_from_torch(
     """
     who = "params_from_torch"
     expect_table(state_dict, who)
-    leaves = _by_path(params)
+    leaves = by_its_path(params)
     found: dict[str, np.ndarray] = {}
     for name, pair in pairs_of(state_dict, leaves, mapping, transpose, who, tied=True).items():
         array = pair.into(state_dict[name], leaves[pair.path], who)
@@ -77,7 +77,7 @@ def params_to_torch(
     """
     who = "params_to_torch"
     expect_table(like, who)
-    leaves = _by_path(params)
+    leaves = by_its_path(params)
     found = dict(like)
     for name, pair in pairs_of(like, leaves, mapping, transpose, who, tied=True).items():
         pair.into(like[name], leaves[pair.path], who)  # the same shapes, or an error that says which
@@ -156,7 +156,7 @@ def number_array(x: Any, name: str, who: str) -> np.ndarray:
         try:
             x = x.detach().cpu().resolve_neg().resolve_conj()
             return np.asarray((x.float() if "bfloat16" in str(x.dtype) else x).numpy())  # NumPy does not have bfloat16
-        except (TypeError, RuntimeError, NotImplementedError) as error:
+        except (TypeError, RuntimeError) as error:
             raise TypeError(
                 f"{who}: {name}: found a tensor that is no array, {error}; expected a dense one in memory."
             ) from error
@@ -265,7 +265,3 @@ def _layout(name: str, path: str, ndim: int, transpose: Layouts | None, who: str
         )
     inverse = np.argsort(axes).tolist()
     return lambda x: x.transpose(axes), lambda x: x.transpose(inverse)
-
-
-def _by_path(params: PyTree) -> dict[str, Any]:
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

@@ -52,6 +52,11 @@ def paths(tree: PyTree) -> list[str]:
     ]
 
 
+def by_its_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree, by path."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def some(names: Sequence[str]) -> str:
     """The first names of many."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -259,14 +259,19 @@ def is_transformation(tx: Any) -> bool:
     return isinstance(tx, tuple) and callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
 
 
+def expect_transformation(tx: Any, who: str) -> None:
+    """Refuses what is no transformation."""
+    if not is_transformation(tx):
+        raise TypeError(f"{who}: tx: found {tx!r}; expected a gradient transformation, for example adam_jax.adam(1e-3).")
+
+
 def first_state(tx: Any, params: PyTree, who: str) -> PyTree:
     """The shapes of a fresh state.
 
     Raises:
       TypeError: for what is no transformation, and parameters that are no arrays.
     """
-    if not is_transformation(tx):
-        raise TypeError(f"{who}: tx: found {tx!r}; expected a gradient transformation, for example adam_jax.adam(1e-3).")
+    expect_transformation(tx, who)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         expect_array(leaf, f"{who}: params at {jax.tree_util.keystr(keys)}")
     return jax.eval_shape(tx.init, params)
