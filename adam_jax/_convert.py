@@ -1,13 +1,9 @@
-"""`convert_state`: a run goes on under another configuration.
-
-What two configurations share is decided by what their memories mean, not by what these are called: ν is a mean of squares in
-Adam, of (g − μ)² in AdaBelief, and a maximum in AdaMax, each in a field `nu` of the same shape.
-"""
+"""`convert_state`: a run goes on under another configuration."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +13,12 @@ import optax
 from jax import Array
 from jax.scipy.special import xlogy
 
-from adam_jax._bias import LookAheadState, RectifyState, correct_bias
+from adam_jax._bias import LookAheadState, RectifyState
+from adam_jax._configuration import Part, Side, of_group, rebuilt, walk
 from adam_jax._hyperparams import Hyperparameter, complement
-from adam_jax._moments import NU_RULES, block_mean, grow, track_moments
+from adam_jax._moments import NU_RULES, block_mean, grow
 from adam_jax._paths import is_box, paths, some, unboxed
-from adam_jax._refine import keep_maximum, mix_slow_mean
-from adam_jax._transformation import Transformation, first_state, is_transformation, rewrapped, show, wrapped
+from adam_jax._transformation import Transformation, first_state, is_transformation, show, wrapped
 from adam_jax._tree import PyTree, lerp, over
 from adam_jax.storage import Resting, narrow_to_nearest, put_back, take_out
 
@@ -31,13 +27,6 @@ BOOKKEEPING = ("count", "step", "hyperparams", "scales", "weights", "inner_state
 
 COLUMNS = ("mu", "nu")
 """The moments that have weights, in the order of these."""
-
-NU_MEANINGS = {
-    "square": "the mean of squared {}",
-    "yogi": "the mean of squared {}",  # by another path to it
-    "belief": "the mean of squared distances of {} from μ",
-    "infinity": "the decaying maximum of {}",
-}
 
 
 class Entry(NamedTuple):
@@ -132,30 +121,6 @@ def convert_state(
     return converted
 
 
-class Part(NamedTuple):
-    """A stage, a wrapper or a transformation of others, in its place in a configuration.
-
-    Attributes:
-      place: in the state.
-      tx: the transformation.
-      state: its state; of a wrapper with what is inside.
-      group: that of `by_path` it is in, "" outside.
-      key: its name, and how many of that name come before in its group: what it is paired by.
-      meanings: what its moments are, by field.
-    """
-
-    place: str
-    tx: Any
-    state: Any
-    group: str
-    key: tuple[str, str, int]
-    meanings: dict[str, str]
-
-    @property
-    def said(self) -> dict[str, Any]:
-        return dict(self.tx.init.spec.arguments.arguments) if isinstance(self.tx, Transformation) else {}
-
-
 class _Memory(NamedTuple):
     """A moment of the old configuration: the part that has it, its field, its leaves by path, and those that nobody took yet."""
 
@@ -186,66 +151,6 @@ class _Source(NamedTuple):
     def divisor(self) -> Array:
         """What divides the moment to correct its bias, not 0."""
         return jnp.where(self.weight[0] > 0, self.weight[0], 1)
-
-
-def walk(tx: Any, state: Any, place: str = "", group: str = "") -> Iterator[tuple[str, str, Any, Any]]:
-    """The parts of a configuration in the order in which updates meet them, with place and group."""
-    if isinstance(tx, Transformation) and tx.init.spec.stages:
-        for i, (part, its) in enumerate(zip(tx.stages, state, strict=True)):
-            yield from walk(part, its, f"{place}[{i}]", group)
-        return
-    yield place, group, tx, state
-    for inside, part, its in wrapped(tx, state):
-        # Groups are paired by their names, and what only guards what is inside is not one.
-        yield from walk(part, its, f"{place}{inside}", group + (inside if hasattr(state, "inner_states") else ""))
-
-
-def rebuilt(tx: Any, state: Any, states: Iterator[Any]) -> Any:
-    """The state with that of each part, as `walk` meets them, taken from `states`."""
-    if isinstance(tx, Transformation) and tx.init.spec.stages:
-        return tuple(rebuilt(part, its, states) for part, its in zip(tx.stages, state, strict=True))
-    own = next(states)
-    inner = [rebuilt(part, its, states) for _, part, its in wrapped(tx, state)]
-    return rewrapped(tx, own, inner) if inner else own
-
-
-def _of(group: str) -> str:
-    return f" of {group.removeprefix('.inner_states')}" if group else ""
-
-
-class Side:
-    """One of the two configurations, with a state: its parts, and what their moments mean."""
-
-    def __init__(self, tx: Any, state: Any) -> None:
-        self.parts: list[Part] = []
-        names: list[tuple[str, str]] = []
-        source, nu, corrected, where = "gradients", "", False, ""
-        for place, group, part, its in walk(tx, state):
-            build, said, flow = None, {}, None
-            if group != where:
-                where, source, nu, corrected = group, "gradients", "", False
-            if isinstance(part, Transformation):
-                build, said = part.init.spec.build, part.init.spec.arguments.arguments
-                # A wrapper's flow is that of what is inside, which comes next.
-                flow = None if part.init.spec.inner else part.flow
-            meanings = {}
-            if build is track_moments:
-                nu, corrected = NU_MEANINGS[said["nu_rule"]].format(source), False
-                meanings = {"mu": f"the {said['mu_rule']} of {source}", "nu": nu}
-            elif build is correct_bias:
-                corrected |= said["nu"]
-            elif build is keep_maximum:
-                meanings = {"nu_max": f"the maximum of {nu}, {'corrected' if corrected else 'raw'}"}
-            elif build is mix_slow_mean:
-                meanings = {"mu_slow": f"the slow mean of {source}"}
-            if flow and flow.takes == "moments" and flow.gives == "updates":
-                source = "directions"  # what is averaged behind is no gradient
-            if flow and flow.rate == "applies":
-                source = "steps"
-            name = build.__name__ if build else show(part), group
-            meanings = {field: what for field, what in meanings.items() if hasattr(its, field)}
-            self.parts.append(Part(place, part, its, group, (*name, names.count(name)), meanings))
-            names.append(name)
 
 
 class _Conversion:
@@ -320,7 +225,7 @@ class _Conversion:
         return tuple(found) + tuple(self.misfits)
 
     def _entry(self, part: Part, field: str, what: str = "", note: str = "") -> Entry:
-        what = what or part.meanings.get(field) or f"{field or 'the state'} of {part.key[0]}{_of(part.group)}"
+        what = what or part.meanings.get(field) or f"{field or 'the state'} of {part.key[0]}{of_group(part.group)}"
         return Entry(f"{part.place}.{field}" if field else part.place, what, note)
 
     def _moment(self, part: Part, field: str, scales: Any) -> tuple[PyTree, Any]:

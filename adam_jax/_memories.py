@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from adam_jax._bias import LookAheadState, correct_bias
-from adam_jax._convert import Part, Side, rebuilt
+from adam_jax._configuration import Part, Side, rebuilt
 from adam_jax._moments import track_moments
 from adam_jax._paths import by_its_path, some
 from adam_jax._refine import keep_maximum, mix_slow_mean
