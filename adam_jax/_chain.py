@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -48,6 +50,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             )
     parts = tuple(part if isinstance(part, Transformation) else optax.with_extra_args_support(part) for part in stages)
     flow = _check_order(stages)
+    earlier = list(itertools.accumulate(map(_names_of_stages, parts), initial=Counter()))
 
     def init(params: PyTree) -> tuple[PyTree, ...]:
         def fit(i: int) -> PyTree:
@@ -81,6 +84,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         for i, (part, before) in enumerate(zip(parts, state, strict=True)):
             if inner.probe is not None:
                 inner.probe.follow(part, updates, before, params, inner)
+            inner = inner._replace(earlier=earlier[i] + Counter(context.earlier))
             updates, after = take_step(part, updates, before, params, inner)
             if isinstance(part, Transformation):
                 if part.flow.rate == "applies":
@@ -165,6 +169,15 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
     reads = all(isinstance(part, Transformation) and part.flow.end == "reads" for part in parts)
     end: Any = "rounds" if rounds else "reads" if reads else None
     return Flow(first or "any", flows or "same", rate, "corrects" if corrected else None, end)
+
+
+def _names_of_stages(part: Any) -> Counter[str]:
+    """How many stages of each name a part of a chain consists of."""
+    if not isinstance(part, Transformation):
+        return Counter()
+    spec = part.init.spec
+    inside = (*spec.stages, *spec.inner.values())
+    return sum(map(_names_of_stages, inside), Counter()) if inside else Counter([spec.build.__name__])
 
 
 def is_chain(part: Any) -> bool:

@@ -280,7 +280,7 @@ def track_moments(
         old = {"mu": None, "nu": None} | {rest.name: rest.widen(getattr(state, rest.name), state.scales) for rest in rests}
         mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), **old)
         count = increment(state.count)
-        kept, scales = forms.all_narrow(rests, {"mu": mu, "nu": nu}, state, count, context.gate)
+        kept, scales = forms.all_narrow(rests, {"mu": mu, "nu": nu}, state, count, context.stream("track_moments"), context.gate)
         nu = nu if b2 is not None else None
         rates = (mu_rate, nu_rate if rule.weighs else one)
         weights = grow(state.weights, jnp.stack([jnp.broadcast_to(rate, state.weights.shape[2:]) for rate in rates]))

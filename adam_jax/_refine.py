@@ -52,7 +52,7 @@ def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> tuple
 
     Source: Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond" (2018), Algorithm 2.
     """
-    rest = forms.Rest("nu_max", forms.forms(storage, None, nu_dtype)[1], signed=False, turn=24)
+    rest = forms.Rest("nu_max", forms.forms(storage, None, nu_dtype)[1], signed=False)
 
     def init(params: PyTree) -> KeepMaximumState:
         nu_max = like_params(lambda p: rest.first(jnp.shape(p), real_dtype(p)), params)
@@ -66,7 +66,9 @@ def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> tuple
 
         before = rest.widen(state.nu_max, state.scales)
         nu_max = lift(leaf, moments.grad, free=("nu",), nu=moments.nu, nu_max=before)
-        kept, scales = rest.narrow(nu_max, state.nu_max, state.scales, moments.count, context.gate)
+        kept, scales = rest.narrow(
+            nu_max, state.nu_max, state.scales, moments.count, context.stream("keep_maximum"), context.gate
+        )
         return moments._replace(nu=nu_max), KeepMaximumState(kept, scales)
 
     return init, update
@@ -106,7 +108,7 @@ def mix_slow_mean(
     Source: Pagliardini, Ablin & Grangier, "The AdEMAMix Optimizer" (2024), §3.
     """
     hypers = {"b3": Hyperparameter("b3", b3, "[0, 1)"), "alpha": Hyperparameter("alpha", alpha, "[0, inf)")}
-    rest = forms.Rest("mu_slow", forms.forms(storage, mu_dtype)[0], turn=8)
+    rest = forms.Rest("mu_slow", forms.forms(storage, mu_dtype)[0])
 
     def init(params: PyTree) -> MixSlowMeanState:
         slow = like_params(lambda p: rest.first(jnp.shape(p), wide_dtype(p)), params)
@@ -126,7 +128,9 @@ def mix_slow_mean(
 
         before = rest.widen(state.mu_slow, state.scales)
         mu, slow = lift(leaf, moments.grad, outputs=2, mu=moments.mu, mu_slow=before)
-        kept, scales = rest.narrow(slow, state.mu_slow, state.scales, moments.count, context.gate)
+        kept, scales = rest.narrow(
+            slow, state.mu_slow, state.scales, moments.count, context.stream("mix_slow_mean"), context.gate
+        )
         return moments._replace(mu=mu), MixSlowMeanState(increment(state.step), kept, used, scales)
 
     return init, update

@@ -200,7 +200,7 @@ def scale_by_trust_ratio() -> tuple[Init, Update]:
             # otherwise, and differently on another mesh.
             made = hide(as_wide(update))
             size, length = norm(as_wide(param)), norm(made)
-            known = (size > 0) & (length > 0)
+            known = (size != 0) & (length != 0)  # so is NaN, which makes the whole leaf NaN, as in Optax: it is not hidden
             # One after the other: the quotient of the norms can be infinite.
             return times(over(made, jnp.where(known, length, 1)), jnp.where(known, size, 1))
 

@@ -79,7 +79,8 @@ def sum_of_small(x: Array, axis: int) -> Array:
         part = (part * np.asarray(2.0**last, x.dtype)).astype(dtype)
         total += jnp.sum(part, axis, keepdims=True).astype(x.dtype) * np.asarray(2.0**-last, x.dtype)
         if last >= info.nmant + 2 + terms:
-            return total
+            # An integer cannot be NaN: what is left of a NaN still is.
+            return total if dtype == x.dtype else total + jnp.sum(x - x, axis, keepdims=True)
         last += max(held - terms + 1, 1)
 
 

@@ -72,6 +72,7 @@ class Context(NamedTuple):
       rounded: whether the updates step from one number of the parameters' dtype to another.
       gate: what chooses between the new states of stages and the old, where a guard may skip the step.
       probe: what looks at the values between stages, for `observe`.
+      earlier: how many stages of each name stand before this one, in its chain and in those around it.
     """
 
     gradient: PyTree | None = None
@@ -82,6 +83,14 @@ class Context(NamedTuple):
     rounded: bool = False
     gate: Gate | None = None
     probe: Any = None
+    earlier: Mapping[str, int] = {}
+
+    def stream(self, name: str) -> str:
+        """The name of a stage's random bits: its own, and how many stages of that name come before it in the chain.
+
+        Not the position: the same bits serve a stage whether something stands in front of it or not.
+        """
+        return f"{name} {self.earlier.get(name, 0)}"
 
 
 class Flow(NamedTuple):

@@ -10,7 +10,6 @@ of what it was.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,9 @@ import numpy as np
 from jax import Array, lax
 
 from adam_jax._codec import HALF, bits_of, float_of, small_float, to_float
-from adam_jax._hyperparams import expect_integer, increment
-from adam_jax._noise import noise
+from adam_jax._hyperparams import increment
+from adam_jax._noise import as_seed, random_bits, stream_keys
+from adam_jax._paths import paths
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import PyTree, as_wide, expect_params, is_half, lift
 
@@ -47,11 +47,13 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
         params + update = round(params + update)      up with probability (params + update − below)/(above − below)
 
     For bfloat16 and float16 leaves; others pass untouched, and trees may mix them. A finite sum saturates at the
-    largest finite number. The random bits are a function of the seed, the step, the leaf and the position in the whole array, so
-    they are the same however the array is sharded.
+    largest finite number. The random bits are a function of the seed, the step, the leaf's path and the position in the whole
+    array, so they are the same however the array is sharded. They have nothing in common with those that round moments, whatever
+    the seeds.
 
     Args:
-      seed: of the random bits, an integer.
+      seed: of the random bits: an integer from 0 to 2³² − 1, or a traced integer scalar, such as the number of a member under
+        `jax.vmap`.
 
     Raises:
       TypeError: if `seed` is no integer.
@@ -59,22 +61,22 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
 
     Source: Zamirai et al., "Revisiting BFloat16 Training" (2020), §4.
     """
-    expect_integer("round_stochastically: seed", seed)
+    seed = as_seed("round_stochastically: seed", seed)
 
     def init(params: PyTree) -> RoundStochasticallyState:
         return RoundStochasticallyState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, RoundStochasticallyState]:
         params = expect_params(params, "round_stochastically()")
-        indices = itertools.count()
+        low, rest = _split(updates, params)
+        names = paths(low)
+        keys = iter(stream_keys(context.stream("round_stochastically"), names, seed, state.step) if names else ())
 
         def leaf(update: Any, param: Array) -> Any:
             old = as_wide(param)
             new = old + as_wide(update).astype(old.dtype)
-            random = noise(seed, next(indices), state.step, new.shape)
-            return _step(old, new, as_wide(to_float(new, param.dtype, random)))
+            return _step(old, new, as_wide(to_float(new, param.dtype, random_bits(next(keys), new.shape))))
 
-        low, rest = _split(updates, params)
         moved = lift(leaf, low, params=_split(params, params)[0])
         return _merged(moved, rest), RoundStochasticallyState(increment(state.step))
 

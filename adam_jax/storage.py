@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -20,8 +20,9 @@ from jax import Array
 
 from adam_jax._codec import HALF, Codec, to_float
 from adam_jax._hyperparams import expect_integer, expect_one_of
-from adam_jax._noise import noise, rotate
-from adam_jax._tree import PyTree, as_wide, finfo, like_params, narrower_than_float32
+from adam_jax._noise import as_seed, random_bits, rotate, stream_keys
+from adam_jax._paths import paths
+from adam_jax._tree import PyTree, as_wide, finfo, like_params, narrower_than_float32, takes_part
 
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
 
@@ -44,7 +45,8 @@ class Float:
       dtype: a floating dtype; `None` for the one that a leaf is computed in, float32 or wider.
       rounding: "stochastic" rounds up as often as keeps the mean right, "nearest" freezes what moves by less than half its last
         bit a step.
-      seed: of the random bits.
+      seed: of the random bits: an integer from 0 to 2³² − 1, or a traced integer scalar, such as the number of a member under
+        `jax.vmap`. Stages, leaves and groups have bits of their own whatever the seed.
       smallest: leaves of fewer elements stay as they are computed.
 
     Raises:
@@ -106,8 +108,8 @@ class Codes:
 def _check(form: Form) -> None:
     who = f"storage.{type(form).__name__}"
     expect_one_of(f"{who}: rounding", form.rounding, ("stochastic", "nearest"))
-    for name in ("seed", "smallest"):
-        expect_integer(f"{who}: {name}", getattr(form, name))
+    object.__setattr__(form, "seed", as_seed(f"{who}: seed", form.seed))
+    expect_integer(f"{who}: smallest", form.smallest)
     if form.smallest < 0:
         raise ValueError(f"{who}: smallest: found {form.smallest}; expected 0 or more elements.")
 
@@ -220,7 +222,9 @@ class Rest:
 
         return jax.tree.map(leaf, tree)
 
-    def narrow(self, tree: PyTree, before: PyTree, scales: Scales, count: Array, gate: Any = None) -> tuple[PyTree, Scales]:
+    def narrow(
+        self, tree: PyTree, before: PyTree, scales: Scales, count: Array, stream: str, gate: Any = None
+    ) -> tuple[PyTree, Scales]:
         """The resting form of a tree of moments, and its scales.
 
         Args:
@@ -229,18 +233,17 @@ class Rest:
             is not the leaf's.
           scales: those of `before`.
           count: the step, for the random bits.
+          stream: the name of the stage's random bits, as `Context.stream` gives it.
           gate: what chooses between new and old, where a guard may skip the step: here, before the largest code is looked for.
         """
         rows: list[Array] = []
-        indices = itertools.count()
         resting = iter(jax.tree.leaves(before))
+        thresholds = self._thresholds(list(filter(takes_part, jax.tree.leaves(tree))), before, count, stream)
 
         def leaf(x: Array) -> Array:
-            index, old = next(indices), next(resting)
+            old, random = next(resting), next(thresholds)
             if old.dtype == x.dtype:
                 return x
-            nearest = self.form.rounding == "nearest"
-            random = HALF if nearest else rotate(noise(self.form.seed, index, count, x.shape), self.turn)
             if isinstance(self.form, Float):
                 return to_float(x, self.form.dtype, random, positive=not self.signed)
             unit = scales[self._scale][len(rows), 1]
@@ -253,6 +256,16 @@ class Rest:
 
         kept = like_params(leaf, tree)
         return kept, {self._scale: jnp.stack(rows)} if rows else self.first_scales(kept)
+
+    def _thresholds(self, leaves: Sequence[Array], before: PyTree, count: Array, stream: str) -> Iterator[Any]:
+        """The random bits by which each leaf is rounded, in order; `HALF` where they are rounded to nearest, or not at all."""
+        narrowed = [x.dtype != old.dtype for x, old in zip(leaves, jax.tree.leaves(before), strict=True)]
+        if self.form.rounding == "nearest" or not any(narrowed):
+            yield from itertools.repeat(HALF)
+        names = [path for path, its in zip(paths(before), narrowed, strict=True) if its]
+        keys = iter(stream_keys(stream, names, self.form.seed, count))
+        for x, its in zip(leaves, narrowed, strict=True):
+            yield rotate(random_bits(next(keys), x.shape), self.turn) if its else HALF
 
     def _keeps(self, resting: Array) -> bool:
         """Whether this is how a leaf of that shape rests."""
@@ -339,11 +352,11 @@ def all_first_scales(rests: Sequence[Rest], trees: dict[str, PyTree]) -> Scales:
 
 
 def all_narrow(
-    rests: Sequence[Rest], trees: dict[str, PyTree], before: Any, count: Array, gate: Any
+    rests: Sequence[Rest], trees: dict[str, PyTree], before: Any, count: Array, stream: str, gate: Any
 ) -> tuple[dict[str, PyTree], Scales]:
     """The resting forms of several moments by name, and their scales; `before` is the state that holds those they come from."""
     narrowed = {
-        rest.name: rest.narrow(trees[rest.name], getattr(before, rest.name), before.scales, count, gate) for rest in rests
+        rest.name: rest.narrow(trees[rest.name], getattr(before, rest.name), before.scales, count, stream, gate) for rest in rests
     }
     kept = {name: tree for name, (tree, _) in narrowed.items()}
     return kept, {name: scale for _, its in narrowed.values() for name, scale in its.items()}

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import papers
 import pytest
 
@@ -186,6 +187,16 @@ def test_nan_is_not_hidden(member):
     for _ in range(2):
         updates, state = tx.update(jnp.full((2, 2), jnp.nan), state, params)
     assert np.isnan(updates).all()
+
+
+@pytest.mark.parametrize("size", [7, 40_000], ids=["summed as floats", "summed as integers"])
+def test_a_nan_in_a_norm_makes_the_leaf_nan(size, standard_promotion):
+    """As in Optax: a trust ratio that is not known is not 1."""
+    params = {"w": jnp.ones(size).at[3].set(jnp.nan), "v": jnp.ones(size)}
+    for tx in (aj.lamb(1.0), optax.lamb(1.0)):
+        updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        assert np.isnan(updates["w"]).all()
+        assert np.isfinite(updates["v"]).all()
 
 
 def test_count_saturates():
