@@ -1,15 +1,44 @@
-"""What every test shares: strict dtype promotion, and fixtures for x64, for Optax's own promotion, and for a training loop."""
+"""What every test shares: strict promotion, one compilation cache for a run, and fixtures for other settings and a training loop."""
 
+import os
+import shutil
+import tempfile
 from collections import Counter
 
-import jax
-import numpy as np
-import optax
 import pytest
 
-import adam_jax
+pytest.register_assert_rewrite("helpers")
+
+OURS = "ADAM_JAX_TESTS_CACHE"
+
+# The workers of a run, and the processes that tests start, share what they compile. It begins empty and ends with the run.
+made = None if OURS in os.environ else tempfile.mkdtemp(prefix="adam_jax-tests-")
+if made is not None:
+    os.environ[OURS] = os.environ["JAX_COMPILATION_CACHE_DIR"] = made
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax  # noqa: E402  (reads what is set above)
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+import adam_jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config):
+    if made is not None:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One test by itself starts no workers, which would take longer to start than most tests take."""
+    if len(config.args) == 1 and "::" in config.args[0]:
+        config.option.dist = "no"
+        return 0
+    return None
 
 
 def pytest_addoption(parser):
@@ -27,6 +56,13 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=dropped)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Programs of one file serve no other: kept, they are gigabytes by the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=adam_jax.family.__all__)
 def member(request):
     """Each member of the family in turn: the function that makes it."""
@@ -41,8 +77,8 @@ def x64():
 
 @pytest.fixture
 def standard_promotion():
-    """For wrappers of others, which mix dtypes themselves."""
-    with jax.numpy_dtype_promotion("standard"):
+    """For wrappers of others, which mix dtypes and ranks themselves."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 

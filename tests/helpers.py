@@ -1,0 +1,46 @@
+"""What several test files need: drawn trees, comparisons to the last bit, expected errors."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def normals(*shape, seed=0, scale=1.0, dtype=jnp.float32):
+    """Normal random numbers, drawn in float64."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
+
+
+def draw_tree(seed, shapes, scale=1.0, dtype=jnp.float32):
+    """A tree of normal random numbers, of the shapes (tuples of integers) in a tree."""
+    rng = np.random.default_rng(seed)
+    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
+    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape) * scale, dtype), shapes, is_leaf=is_shape)
+
+
+def avals(tree):
+    """The tree with shape, dtype and weak type in place of each array."""
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), jax.typeof(x).weak_type), tree)
+
+
+def bits(tree):
+    """Every array by its path, as dtype, shape and bytes: −0 is not 0, and NaN is itself."""
+    return {
+        jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def same(found, expected):
+    """Equal structures, and equal arrays to the last bit."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (place, left), right in zip(bits(found).items(), bits(expected).values(), strict=True):
+        assert left[:2] == right[:2], place
+        assert left[2] == right[2], place
+
+
+def refused(error, *says):
+    """A context that expects an error whose message has all of `says`."""
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in says))
