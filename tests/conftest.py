@@ -1,4 +1,4 @@
-"""What every test shares: strict promotion, one compilation cache for a run, and fixtures for other settings and a training loop."""
+"""What every test shares: strict promotion, one compilation cache per run, and fixtures for other settings and a loop."""
 
 import os
 import shutil
