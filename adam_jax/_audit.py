@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from adam_jax import storage
-from adam_jax._paths import path_of
+from adam_jax._paths import is_scale, path_of
 from adam_jax._transformation import Transformation, first_state, show, wrapped
 from adam_jax._tree import PyTree, dtype_of, finfo, takes_part
 
@@ -118,8 +118,8 @@ def bytes_of(leaf: Any) -> int:
 
 def _part(path: tuple[Any, ...]) -> str:
     fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    if fields and fields[-1] == "scales":
-        fields.append(str(getattr(path[-1], "key", "")).removesuffix("_scale"))
+    if is_scale(path):
+        fields.append(path[-2].key.removesuffix("_scale"))
     return next((PARTS[field] for field in fields if field in PARTS), "other")
 
 

@@ -85,8 +85,24 @@ def _from_log(t: Array) -> Array:
     return lax.min(t - np.float32(1), t * np.float32(0.5))
 
 
-UNKNOWN = np.int16(-(2**15))
+UNKNOWN = np.int32(-128)
 """The exponent of a unit that is not known yet."""
+
+
+def pack(unit: Any, following: Any) -> Array:
+    """A scale: the exponents of the unit of some codes and of the unit for the next step, two bytes in one int16.
+
+    Two arrays would do, but a TPU's pass over memory takes 16 operands, and two moments would have four of them.
+    """
+    packed: Array = (unit << np.int32(8)) | (following & np.int32(255))
+    return packed.astype(np.int16)
+
+
+def unpack(scale: Any) -> tuple[Any, Any]:
+    """The two exponents of a scale, int32."""
+    wide = scale.astype(np.int32)
+    return wide >> np.int32(8), (wide << np.int32(24)) >> np.int32(24)
+
 
 _COARSER = 3
 """Coarse octaves have an eighth of the codes of fine ones."""
@@ -138,19 +154,19 @@ class Codec:
         """The exponent of the unit, and the code at which coarse octaves begin."""
         known = unit != UNKNOWN
         return (
-            jnp.where(known, unit, np.int16(self.widest)).astype(np.int32),
+            jnp.where(known, unit, np.int32(self.widest)),
             jnp.where(known, np.int32(self.fine << self.fraction), np.int32(0)),
         )
 
     def _even(self, size: Array, coarse: Array) -> Array:
         """Codes as they would be, were the coarse octaves as fine as the others."""
-        return lax.max(size, (size - coarse << np.int32(_COARSER)) + coarse)
+        return jnp.maximum(size, (size - coarse << np.int32(_COARSER)) + coarse)
 
     def widen(self, code: Array, unit: Any) -> Array:
         """What codes stand for, in float32."""
         exponent, coarse = self._layout(unit)
         k = code.astype(np.int32)
-        even = self._even(lax.abs(k), jnp.broadcast_to(coarse, k.shape))
+        even = self._even(lax.abs(k), coarse)
         size = _from_log(float_of((even << np.int32(23 - self.fraction)) + _ONE)) * float_of(exponent + 127 << 23)
         return jnp.where(k < 0, -size, size) if self.signed else size
 
@@ -171,27 +187,29 @@ class Codec:
         size = small_float(k)
         return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
 
-    def next_exponent(self, code: Array, unit: Any) -> Array:
-        """The exponent of the unit in which the next step encodes, int16.
+    def next_exponent(self, code: Array, unit: Any) -> Any:
+        """The exponents of the units in which the next step encodes, of the shape of `unit`, which has 1 where codes share one.
 
         From the codes and not from the moments: a CPU would compute those once more.
         """
         exponent, coarse = self._layout(unit)
-        largest = agreed(jnp.max(lax.abs(code.astype(np.float32)), initial=0), lax.pmax).astype(np.int32)
+        shared = tuple(axis for axis, size in enumerate(unit.shape) if size == 1)
+        largest = jnp.max(lax.abs(code.astype(np.float32)), axis=shared, keepdims=True, initial=0)
+        largest = agreed(largest, lax.pmax, like=unit).astype(np.int32)
         octave = exponent + (self._even(largest, coarse) >> self.fraction)
-        return jnp.where(largest == 0, np.int32(UNKNOWN), self._clear(octave)).astype(np.int16)
+        return jnp.where(largest == 0, UNKNOWN, self._clear(octave))
 
     def _clear(self, octave: Any) -> Any:
         """The unit's exponent with which code octave `octave` is the last but one of the fine ones, and no factor overflows."""
         return jnp.clip(octave - (self.fine - 2), -126, 126)
 
-    def exponent(self, largest: Array) -> Array:
-        """The exponent for codes of numbers, float32, of which the largest size is known; int16."""
+    def exponent(self, largest: Array) -> Any:
+        """The exponents for codes of numbers, float32, of which the largest size is known."""
         octave = (bits_of(largest) >> np.int32(23)) - np.int32(126)
-        return jnp.where(largest == 0, np.int32(UNKNOWN), self._clear(octave)).astype(np.int16)
+        return jnp.where(largest == 0, UNKNOWN, self._clear(octave))
 
     def first_exponent(self, value: float) -> Any:
         """The exponent for codes of a number that is known beforehand."""
         if value == 0:
             return UNKNOWN
-        return np.int16(np.clip(int(np.frexp(np.float32(value))[1]) - (self.fine - 2), -126, 126))
+        return np.int32(np.clip(int(np.frexp(np.float32(value))[1]) - (self.fine - 2), -126, 126))

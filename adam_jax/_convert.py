@@ -281,7 +281,7 @@ class _Conversion:
         seen = _in_blocks(rule.sees(g, jnp.zeros_like(g)), nu.shape).astype(nu.dtype)
         rate = self._nu_rate(part).astype(nu.dtype)
         nu = rule.moves(nu, seen, lambda nu, seen: lerp(nu, seen, rate), 1 - rate, rate, jnp.zeros_like(rate))
-        return narrow_to_nearest(nu, start.array, signed=False)
+        return narrow_to_nearest(nu, start, signed=False)
 
     def _nu_rate(self, part: Part) -> Array:
         """1 − b2 at the step that the run has reached."""
@@ -415,7 +415,7 @@ def _moved(source: _Source, like: Resting, part: Part, field: str) -> tuple[Rest
         x = _in_blocks(x, start.shape)
     if array.dtype != start.dtype:
         notes.append(f"{array.dtype} → {start.dtype}")
-    return narrow_to_nearest(x, start, signed=field in ("mu", "mu_slow")), notes
+    return narrow_to_nearest(x, like, signed=field in ("mu", "mu_slow")), notes
 
 
 def _age_of(high: Array, low: Array, old: Part) -> Array:

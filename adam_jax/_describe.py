@@ -11,7 +11,7 @@ import optax
 from adam_jax import _table
 from adam_jax._apply import decaying, scale_by_learning_rate
 from adam_jax._audit import StateBytes, bytes_of, state_bytes
-from adam_jax._paths import owner, paths
+from adam_jax._paths import Parameters, is_scale, owner, paths
 from adam_jax._transformation import Transformation, first_state, is_transformation, show
 from adam_jax._tree import PyTree, dtype_of, takes_part
 from adam_jax.groups import DEFAULT, Multiplied, by_path, labels, only
@@ -93,8 +93,6 @@ class Description(NamedTuple):
 
 HEADS = ("path", "shape", "dtype", "group", "state", "bytes", "rate", "decay")
 NUMBERS = ("bytes", "rate", "decay")
-UNITS = 4
-"""Bytes that a moment in codes has for each leaf: its row in `scales`, two int16."""
 SHORT = {"mu": "μ", "nu": "ν", "mu_slow": "slow μ", "nu_max": "largest ν"}
 
 
@@ -114,11 +112,14 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     if not is_transformation(tx):
         raise TypeError(f"describe: found {show(tx)}; expected a gradient transformation, and the parameters after it.")
     located = jax.tree_util.tree_flatten_with_path(params)[0]
-    shapes = {keys: np.shape(leaf) for keys, leaf in located}
+    shapes = Parameters({keys: np.shape(leaf) for keys, leaf in located})
+    scales = dict.fromkeys(shapes, 0)
     kept: dict[Any, dict[str, Any]] = {keys: {} for keys in shapes}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(first_state(tx, params, "describe"))[0]:
         belongs = owner(keys, leaf.shape, shapes)
-        if belongs is not None:
+        if belongs is not None and is_scale(keys):
+            scales[belongs] += bytes_of(leaf)
+        elif belongs is not None:
             field = str(getattr(keys[len(keys) - len(belongs) - 1], "name", "state"))
             kept[belongs][field] = leaf
     met = _met(tx, params)
@@ -133,16 +134,12 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                 group=its.group,
                 stages=its.stages,
                 state={field: str(array.dtype) for field, array in arrays.items()},
-                bytes=sum(map(bytes_of, [leaf, *arrays.values()])) + sum(UNITS * _is_code(*its) for its in arrays.items()),
+                bytes=sum(map(bytes_of, [leaf, *arrays.values()])) + scales[keys],
                 rate=0.0 if not takes_part(leaf) else its.rate if its.known else "unknown",
                 decay=0.0 if not takes_part(leaf) else its.decay if its.known else "unknown",
             )
         )
     return Description(tuple(leaves), state_bytes(tx, params))
-
-
-def _is_code(field: str, array: Any) -> bool:
-    return field in SHORT and not takes_part(array) and array.dtype.itemsize <= 2
 
 
 class _Met(NamedTuple):

@@ -168,7 +168,8 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
         same_leaves(theirs, all_leaves(its), f"{who}: {KINDS[kind]}")
         for part, field in its:
             leaves = []
-            for path, like in Memory(part, field).leaves.items():
+            at_rest = take_out(field, getattr(part.state, field), part.state.scales)
+            for path, like in zip(Memory(part, field).leaves, at_rest, strict=True):
                 x = as_wide(theirs[path])
                 real = jnp.iscomplexobj(x) and not SIGNED[field]
                 leaves.append(narrow_to_nearest(x.real if real else x, like, SIGNED[field]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -52,6 +54,20 @@ def paths(tree: PyTree) -> list[str]:
     ]
 
 
+def names(tree: PyTree) -> list[str]:
+    """The paths of all leaves, each one once: "a/b" and a "b" inside of "a" would be one path, and the second is "a/b#1"."""
+    return _each_once(paths(tree))
+
+
+def _each_once(found: Iterable[str]) -> list[str]:
+    seen: Counter[str] = Counter()
+    made = []
+    for path in found:
+        made.append(f"{path}#{seen[path]}" if seen[path] else path)
+        seen[path] += 1
+    return made
+
+
 def by_its_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree, by path."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -72,14 +88,28 @@ def is_box(node: Any) -> bool:
     return any(kind.__name__ in BOXES and kind.__module__.startswith("flax.") for kind in type(node).__mro__)
 
 
-def owner(path: Any, shape: Shape, parameters: dict[Any, Shape]) -> Any:
+class Parameters(dict[Any, Shape]):
+    """The shapes of parameters by their keys, as `jax.tree_util.tree_flatten_with_path` gives these."""
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Any]:
+        """The keys of each parameter by what `names` calls it."""
+        return dict(zip(_each_once(map(path_of, self)), self, strict=True))
+
+
+def owner(path: Any, shape: Shape, parameters: Parameters) -> Any:
     """The path of the parameter to which an array of a state belongs: the longest with which its own ends, if the shapes fit.
+
+    The scales of codes are kept by the name of their parameter, not in a tree like the parameters: what goes over such trees,
+    `optax.tree.map_params` and the boxes of Flax, would take them for parameters.
 
     Args:
       path: that of the array.
       shape: that of the array.
       parameters: their shapes by path.
     """
+    if is_scale(path):
+        return parameters.by_name.get(path[-1].key)
     # A scalar needs a name: what ends with no name is as likely a count.
     for start in range(len(path) + bool(shape)):
         if any(isinstance(key, GetAttrKey) and key.name in WHOLE for key in path[:start]):
@@ -88,3 +118,10 @@ def owner(path: Any, shape: Shape, parameters: dict[Any, Shape]) -> Any:
         if whole is not None and len(whole) == len(shape) and all(n in (1, of) for n, of in zip(shape, whole, strict=True)):
             return path[start:]
     return None
+
+
+def is_scale(path: Any) -> bool:
+    """Whether an array of a state is the scale of a leaf's codes."""
+    *_, field, moment, name = (None, None, *path) if len(path) else (None, None, None)
+    named = isinstance(field, GetAttrKey) and isinstance(moment, DictKey) and isinstance(name, DictKey)
+    return named and field.name == "scales" and str(moment.key).endswith("_scale")

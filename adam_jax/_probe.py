@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from adam_jax._apply import ScaleByLearningRateState
 from adam_jax._moments import Moments, by_leaf
-from adam_jax._paths import owner
+from adam_jax._paths import Parameters, is_scale, owner
 from adam_jax._transformation import Context, Transformation, take_step
 from adam_jax._tree import PyTree, as_wide, is_half, square, takes_part, times
 
@@ -227,7 +227,7 @@ class Probe:
         )
         return {name: here, **groups}
 
-    def _few(self, tree: PyTree, shapes: dict[Any, tuple[int, ...]]) -> PyTree:
+    def _few(self, tree: PyTree, shapes: Parameters) -> PyTree:
         """The tree with some elements of each array that belongs to a parameter, at the same places in all of them."""
         chosen = _chosen(shapes)
 
@@ -255,7 +255,7 @@ class Probe:
         return taken
 
 
-def _chosen(shapes: dict[Any, tuple[int, ...]]) -> set[Any]:
+def _chosen(shapes: Parameters) -> set[Any]:
     """The leaves that are looked at: the largest, and of those that are alike some from everywhere."""
 
     def rank(path: Any) -> tuple[int, int]:
@@ -418,13 +418,15 @@ def _taking_part(tree: PyTree) -> list[Array]:
     return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if takes_part(leaf)]
 
 
-def _shapes(params: PyTree) -> dict[Any, tuple[int, ...]]:
+def _shapes(params: PyTree) -> Parameters:
     """The shapes of the leaves that take part, by their paths."""
     located = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {path: jnp.shape(leaf) for path, leaf in located if takes_part(leaf)}
+    return Parameters({path: jnp.shape(leaf) for path, leaf in located if takes_part(leaf)})
 
 
-def _is_field(path: Any, x: Any, names: tuple[str, ...], shapes: dict[Any, tuple[int, ...]]) -> bool:
+def _is_field(path: Any, x: Any, names: tuple[str, ...], shapes: Parameters) -> bool:
     """Whether an array of a state is in a field of such a name. A module may call its parameters so: they do not count."""
+    if is_scale(path):
+        return False
     own = owner(path, jnp.shape(x), shapes) or ()
     return any(isinstance(key, jax.tree_util.GetAttrKey) and key.name in names for key in path[: len(path) - len(own)])

@@ -151,7 +151,7 @@ def _restart(node: Any, place: str, picks: _Picks) -> tuple[Any, dict[str, np.nd
 def _start(leaf: Resting, start: Any, signed: bool) -> Resting:
     like = leaf.array
     wide = jnp.float32 if not takes_part(like) or narrower_than_float32(like) else like.dtype
-    return narrow_to_nearest(jnp.full_like(like, start, wide), like, signed)
+    return narrow_to_nearest(jnp.full_like(like, start, wide), leaf, signed)
 
 
 def _zeroed(weight: Array, ndim: int, marks: np.ndarray, split: bool) -> Array:

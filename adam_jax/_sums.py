@@ -89,12 +89,19 @@ def _jvp(axis: int, primals: Any, tangents: Any) -> Any:
     return sum_of_small(primals[0], axis), jnp.sum(tangents[0], axis, keepdims=True)
 
 
-def agreed(x: Array, reduce: Callable[..., Any]) -> Array:
-    """A number that all devices share: `reduce` is `lax.pmax` or the like, over every axis along which `jax.shard_map` has cut.
+def agreed(x: Array, reduce: Callable[..., Any], like: Any = None) -> Array:
+    """A number that all devices share: `reduce` is `lax.pmax` or the like, over the axes along which `jax.shard_map` has cut.
 
     Under `jax.jit` a reduction sees the whole array. Inside `jax.shard_map` it sees a part, and what a state holds once must not
     come out differently on two devices. Along an axis that has not cut the array the exchange is superfluous, and of one number.
+
+    Args:
+      x: what each device has found in its part.
+      reduce: (x, axis name) -> what all devices along that axis have found.
+      like: an array that varies from device to device as the result has to: along axes on which it varies nothing is exchanged.
+        JAX does not know them under `check_vma=False`.
     """
+    varies: Any = getattr(jax.typeof(like), "vma", frozenset()) if like is not None else frozenset()
     for axis in jax.sharding.get_abstract_mesh().manual_axes:
-        x = reduce(x, axis)
+        x = x if axis in varies else reduce(x, axis)
     return x

@@ -20,7 +20,7 @@ from jax import Array, lax
 from adam_jax._codec import HALF, bits_of, float_of, small_float, to_float
 from adam_jax._hyperparams import increment
 from adam_jax._noise import as_seed, random_bits, stream_keys
-from adam_jax._paths import paths
+from adam_jax._paths import names
 from adam_jax._transformation import Context, Init, Update, stage
 from adam_jax._tree import PyTree, as_wide, expect_params, is_half, lift
 
@@ -69,8 +69,8 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, RoundStochasticallyState]:
         params = expect_params(params, "round_stochastically()")
         low, rest = _split(updates, params)
-        names = paths(low)
-        keys = iter(stream_keys(context.stream("round_stochastically"), names, seed, state.step) if names else ())
+        its = names(low)
+        keys = iter(stream_keys(context.stream("round_stochastically"), its, seed, state.step) if its else ())
 
         def leaf(update: Any, param: Array) -> Any:
             old = as_wide(param)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from adam_jax._paths import Shape, owner
+from adam_jax._paths import Parameters, Shape, owner
 from adam_jax._tree import PyTree, dtype_of
 
 Axes: TypeAlias = tuple[str, ...]
@@ -79,7 +79,7 @@ def state_shardings(
         raise ValueError(f"state_shardings: zero: found {_listed(missing)}; expected axes of the mesh, {_listed(mesh.shape)}.")
 
     leaves, structure = _flat(jax.eval_shape(tx.init, jax.tree.map(_abstract, params_or_shapes)))
-    shapes = {path: its.shape for path, its in parameters.items()}
+    shapes = Parameters({path: its.shape for path, its in parameters.items()})
     owners = [owner(path, leaf.shape, shapes) for path, leaf in leaves]
     owned: dict[Any, list[Shape]] = {path: [its.shape] for path, its in parameters.items()}
     for belongs, (_, leaf) in zip(owners, leaves, strict=True):

@@ -15,7 +15,7 @@ from jax import lax
 
 import adam_jax
 from adam_jax._codec import Codec
-from adam_jax.storage import Codes, Float
+from adam_jax.storage import Codes, Float, take_out
 from benchmarks._table import Table, show
 
 B2 = 0.999
@@ -81,7 +81,8 @@ def read(state: Any, moment: str) -> Any:
     resting = getattr(state, moment)
     if f"{moment}_scale" not in state.scales:
         return resting.astype(jnp.float32)
-    return Codec(8, signed=moment == "mu").widen(resting, state.scales[f"{moment}_scale"][0, 0])
+    (at_rest,) = take_out(moment, resting, state.scales)
+    return at_rest.widen()
 
 
 def table(title: str, found: dict[str, np.ndarray]) -> Table:
