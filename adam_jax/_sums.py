@@ -101,7 +101,15 @@ def agreed(x: Array, reduce: Callable[..., Any], like: Any = None) -> Array:
       like: an array that varies from device to device as the result has to: along axes on which it varies nothing is exchanged.
         JAX does not know them under `check_vma=False`.
     """
-    varies: Any = getattr(jax.typeof(like), "vma", frozenset()) if like is not None else frozenset()
+    varies = () if like is None else _varies_along(like)
     for axis in jax.sharding.get_abstract_mesh().manual_axes:
         x = x if axis in varies else reduce(x, axis)
     return x
+
+
+def _varies_along(x: Array) -> Any:
+    """The axes of `jax.shard_map` along which an array differs from device to device, as far as JAX knows."""
+    kind: Any = jax.typeof(x)
+    # JAX 0.10 calls them so; JAX from 0.7 on has a set. Before, and under check_vma=False, nothing is known.
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", ()) if manual is None else manual.varying

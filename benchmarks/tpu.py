@@ -125,13 +125,15 @@ def compile_step(
 
     chips = devices(generation)[: 1 if spec is None else None]
     mesh = Mesh(np.asarray(chips), ("x",))
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
 
-    def placed(leaf: Any) -> Any:
-        split = spec if spec is not None and leaf.shape in shapes else PartitionSpec()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, split))
+    def placed(leaf: Any, its: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=its)
 
-    arguments = jax.tree.map(placed, (params, jax.eval_shape(optimizer.init, params), params))
+    where = NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+    states = jax.eval_shape(optimizer.init, params)
+    kept = adam_jax.state_shardings(optimizer, params, where)
+    held = jax.tree.map(lambda leaf: placed(leaf, where), params)
+    arguments = (held, jax.tree.map(placed, states, kept), held)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile(OPTIONS)
     needed = sum(map(_size, jax.tree.leaves((arguments, arguments[:2]))))
     accessed = compiled.cost_analysis()["bytes accessed"] * len(chips)

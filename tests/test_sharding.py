@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adam_jax as aj
+from adam_jax._codec import unpack
 
 MEMBERS = aj.family.__all__
 STORAGES = ("float32", "bfloat16", "8bit")
@@ -131,10 +132,35 @@ def test_all_arrays_of_a_parameter_are_cut_alike():
 
 def test_zero_shares_out_the_state_of_rounding_and_averages_too():
     tx = aj.chain(aj.adam(0.1, storage="8bit"), aj.compensate(), aj.average_parameters(0.9))
-    half = {"w": jax.ShapeDtypeStruct((128, 64), jnp.bfloat16)}
+    half = {"w": jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)}
     made = specs(aj.state_shardings(tx, half, P(), mesh=MESH, zero="data"))
-    assert at(made, "['w']") == [("data",)] * 4
-    assert at(made, "scale") == [(), ()]
+    assert at(made, "['w']") == [("data",)] * 6
+    assert at(made, "scale") == [("data",)] * 2
+
+
+def test_scales_are_sharded_as_their_rows_are():
+    """Where the axis that shares a scale is cut, each device has the scale; one scale per leaf is on every device."""
+    shapes = {"rows": (32, 256), "heads": (16, 4, 64), "short": (128, 64), "vector": (4096,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    for tx in (aj.adam(0.1, storage="8bit"), optax.chain(aj.skip_nonfinite(aj.adam(0.1, storage="8bit")))):
+        first = specs(aj.state_shardings(tx, params, P("data"), mesh=MESH))
+        last = specs(
+            aj.state_shardings(tx, params, {n: P(*[None] * (len(shape) - 1), "data") for n, shape in shapes.items()}, mesh=MESH)
+        )
+        for name in shapes:
+            cut = ("data",) if name in ("rows", "heads") else ()
+            assert at(first, "scale", f"['{name}']") == [cut] * 2
+            assert at(last, "scale", f"['{name}']") == [()] * 2
+
+
+def test_scales_find_their_parameter_in_flax_boxes():
+    """Boxes carry names of axes, which scales do not have."""
+    linen = pytest.importorskip("flax.linen")
+    boxed = {"w": linen.Partitioned(jnp.zeros((32, 256)), ("rows", None))}
+    tx = aj.adam(0.1, storage="8bit")
+    made = aj.state_shardings(tx, boxed, P("data"), mesh=MESH)
+    assert at(specs(made), "scale") == [("data",)] * 2
+    assert [type(leaf) for leaf in jax.tree.leaves(tx.init(boxed)[0].scales)] == [type(jnp.zeros(()))] * 2
 
 
 def test_what_cannot_be_cut_is_said():
@@ -309,10 +335,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("storage", STORAGES)
-def test_every_member_takes_the_same_steps_on_any_mesh(found, storage, layout):
-    """Fed the same gradients, parameters and state are those of one device, bit for bit."""
-    assert found["same"][f"{storage} / {layout}"] == {name: [] for name in MEMBERS}
+def test_every_member_takes_the_same_steps_on_any_mesh(found, layout):
+    """Fed the same gradients, parameters and state are those of one device, bit for bit.
+
+    Each member meets each layout, in another storage each time: all three storages over the five layouts.
+    """
+    assert found["same"][layout] == {name: [] for name in MEMBERS}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -324,13 +352,13 @@ def test_a_device_holds_its_share_of_the_state(found, name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_gradients_are_summed_once_and_parameters_gathered_once(found, name):
-    """All else that travels is a scalar: the largest code of each leaf, or whether all gradients are finite."""
+    """All else that travels is a scalar: whether all gradients are finite. Rows, and so their scales, are on one device each."""
     moved, elements = found["steps"][name]["moved"], found["steps"][name]["elements"]
     large = {kind: sorted(size for what, size in moved if what == kind and size > 16) for kind in ("all-reduce", "all-gather")}
     assert sum(large["all-reduce"]) == sum(large["all-gather"]) == elements
     small = [kind for kind, size in moved if size <= 16]
     assert set(small) <= {"all-reduce"}
-    assert bool(small) == (STEPS[name].storage == "8bit" or STEPS[name].guarded)
+    assert bool(small) == STEPS[name].guarded
     assert {kind for kind, _ in moved} == {"all-reduce", "all-gather"}
 
 
@@ -344,9 +372,19 @@ def test_inside_shard_map_a_step_is_the_same(found):
 
 
 def test_inside_shard_map_devices_share_scales_and_verdicts(found):
+    """Along a row that is cut. They are those of one device within an octave: parts of an array have other random bits."""
     assert found["shard_map"]["scales differ"] == []
     assert found["shard_map"]["verdicts"] == [1] * 8
     assert found["shard_map"]["moved by poison"] == []
+
+
+KNOWN = hasattr(jax.core.ShapedArray, "vma") or hasattr(jax.core.ShapedArray, "manual_axis_type")
+"""Whether JAX tells along which axes an array is cut. Else rows on several devices share a scale, which is too large for some."""
+
+
+def apart(found, expected):
+    """How far each shard is from its part of the expected array."""
+    return [np.asarray(shard.data) - expected[shard.index] for shard in found.addressable_shards]
 
 
 MOVES = re.compile(
@@ -385,45 +423,44 @@ def raw(tree):
 
 
 def same_steps():
-    """Which arrays differ from those of one device after some steps: all members in one program, in half the time."""
+    """Which arrays differ from those of one device after some steps, by layout and member: all members in one program."""
     draw = np.random.default_rng(0)
     shapes = {"w": (8, 16, 40), "b": (40,)}
     start = {name: {k: draw.standard_normal(s).astype(np.float32) for k, s in shapes.items()} for name in MEMBERS}
     scale = lambda: 10.0 ** draw.integers(-3, 2)  # noqa: E731
     course = [jax.tree.map(lambda x: (draw.standard_normal(x.shape) * scale()).astype(np.float32), start) for _ in range(4)]
-    found = {}
-    for storage in STORAGES:
-        txs = {name: getattr(aj, name)(1e-2, storage=storage) for name in MEMBERS}
 
-        def init(params, txs=txs):
-            return {name: tx.init(params[name]) for name, tx in txs.items()}
+    def run(txs, place, states):
+        params = place({name: start[name] for name in txs})
+        state = {name: tx.init(start[name]) for name, tx in txs.items()}
+        state = state if states is None else jax.device_put(state, states)
 
-        def step(params, state, gradients, txs=txs):
+        def step(params, state, gradients):
             made = {name: tx.update(gradients[name], state[name], params[name]) for name, tx in txs.items()}
             return {k: apply(params[k], u) for k, (u, _) in made.items()}, {k: s for k, (_, s) in made.items()}
 
-        def run(place, states, step=step, init=init):
-            params, state = place(start), jax.jit(init, out_shardings=states)(place(start))
-            advance = jax.jit(
-                step, out_shardings=None if states is None else (jax.tree.map(lambda x: x.sharding, params), states)
-            )
-            for gradients in course:
-                params, state = advance(params, state, place(gradients))
-            return {name: raw((params[name], state[name])) for name in MEMBERS}
+        placed = None if states is None else (jax.tree.map(lambda x: x.sharding, params), states)
+        advance = jax.jit(step, out_shardings=placed)
+        for gradients in course:
+            params, state = advance(params, state, place({name: gradients[name] for name in txs}))
+        return {name: raw((params[name], state[name])) for name in txs}
 
-        alone = run(lambda tree: jax.tree.map(jnp.asarray, tree), None)
-        for layout, ((first, count, second), zero) in LAYOUTS.items():
-            names = (first, second) if second else (first,)
-            mesh = mesh_on((count, 2) if second else (count,), names)
-            model = "model" if "model" in names else None
-            spec = {"w": P(None, model), "b": P()}
-            shardings = {name: {k: NamedSharding(mesh, s) for k, s in spec.items()} for name in MEMBERS}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                states = {name: aj.state_shardings(tx, start[name], shardings[name], zero=zero) for name, tx in txs.items()}
-            cut = run(lambda tree, to=shardings: jax.device_put(tree, to), states)
-            differ = {name: [path for path, bits in alone[name].items() if cut[name][path] != bits] for name in MEMBERS}
-            found[f"{storage} / {layout}"] = differ
+    made = {storage: {name: getattr(aj, name)(1e-2, storage=storage) for name in MEMBERS} for storage in STORAGES}
+    alone = {storage: run(txs, lambda tree: jax.tree.map(jnp.asarray, tree), None) for storage, txs in made.items()}
+    found = {}
+    for turn, (layout, ((first, count, second), zero)) in enumerate(LAYOUTS.items()):
+        storage_of = {name: STORAGES[(i + turn) % len(STORAGES)] for i, name in enumerate(MEMBERS)}
+        txs = {name: made[storage][name] for name, storage in storage_of.items()}
+        names = (first, second) if second else (first,)
+        mesh = mesh_on((count, 2) if second else (count,), names)
+        model = "model" if "model" in names else None
+        shardings = {name: {"w": NamedSharding(mesh, P(None, model)), "b": NamedSharding(mesh, P())} for name in MEMBERS}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            states = {name: aj.state_shardings(tx, start[name], shardings[name], zero=zero) for name, tx in txs.items()}
+        cut = run(txs, lambda tree, to=shardings: jax.device_put(tree, to), states)
+        expected = {name: alone[storage][name] for name, storage in storage_of.items()}
+        found[layout] = {name: [path for path, bits in its.items() if cut[name][path] != bits] for name, its in expected.items()}
     return found
 
 
@@ -460,7 +497,7 @@ def train(how):
     return {
         "moved": moves(compiled.as_text()),
         "elements": sum(p.size for p in jax.tree.leaves(params)),
-        "bytes": [sum(leaf.nbytes for leaf in leaves), sum(leaf.nbytes for leaf in leaves if leaf.size < 256), per_device],
+        "bytes": [sum(leaf.nbytes for leaf in leaves), sum(leaf.nbytes for leaf in leaves if leaf.size < 64), per_device],
         "away": [
             jax.tree_util.keystr(path)
             for (path, leaf), where in zip(after, jax.tree.leaves(placed), strict=True)
@@ -477,12 +514,14 @@ def mapped():
         from jax.experimental.shard_map import shard_map
     mesh = mesh_on((8,), ("data",))
     params = {"w": jnp.linspace(-1, 1, 64 * 256, dtype=jnp.float32).reshape(64, 256), "b": jnp.ones(256, jnp.float32)}
+    params["columns"] = params["w"].T.reshape(16, 1024) * 10.0 ** jnp.arange(-8, 8, dtype=jnp.float32)[:, None]
+    cut = {"w": P("data"), "b": P("data"), "columns": P(None, "data")}
     gradients = jax.tree.map(lambda p: 0.3 * p + 0.1, params)
     poison = gradients | {"w": gradients["w"].at[-1, -1].set(jnp.nan)}  # on the last device alone
     results = {}
     for storage in ("float32", "8bit"):
         tx = aj.skip_nonfinite(aj.adam(1e-2, storage=storage))
-        shardings = aj.state_shardings(tx, params, P("data"), mesh=mesh)
+        shardings = aj.state_shardings(tx, params, cut, mesh=mesh)
         spec = jax.tree.map(lambda its: its.spec, shardings)
 
         def step(params, state, gradients, tx=tx):
@@ -490,18 +529,20 @@ def mapped():
             return apply(params, updates), state
 
         whole = jax.jit(step)
-        parts = jax.jit(shard_map(step, mesh=mesh, in_specs=(P("data"), spec, P("data")), out_specs=(P("data"), spec)))
+        parts = jax.jit(shard_map(step, mesh=mesh, in_specs=(cut, spec, cut), out_specs=(cut, spec)))
         one = two = (params, tx.init(params))
         for _ in range(5):
             one, two = whole(*one, gradients), parts(*two, gradients)
         before, after = raw(one), raw(two)
         results[storage] = [path for path in before if before[path] != after[path]]
-        scales = [(name, its[1].inner_state[0].scales) for name, its in (("one", one), ("two", two))]
+        units = [jax.tree.map(unpack, its[1].inner_state[0].scales) for its in (one, two)]
         results["scales differ"] = [
-            f"{name} on {shard.device}"
-            for name, expected in scales[0][1].items()
-            for shard in scales[1][1][name].addressable_shards
-            if not np.array_equal(shard.data, expected)
+            jax.tree_util.keystr(path)
+            for (path, cut), expected in zip(
+                jax.tree_util.tree_leaves_with_path(units[1]), jax.tree.leaves(units[0]), strict=True
+            )
+            if not all(d.min() >= -1 and (d.max() <= 1 or not KNOWN) for d in apart(cut, expected))
+            or not all((np.asarray(s.data) == np.asarray(cut)[s.index]).all() for s in cut.addressable_shards)
         ]
         sick = parts(*two, poison)
         results["verdicts"] = [int(np.asarray(s.data)) for s in sick[1].skipped.addressable_shards]
