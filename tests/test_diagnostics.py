@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import bits, refused
+from helpers import QUICKLY, bits, refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,10 +68,6 @@ COURSE = [gradients() for _ in range(STEPS)]
 def wide(x):
     """A leaf in double precision."""
     return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
-
-
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The machine code is longer, what XLA makes of the program and of its memory is the same."""
 
 
 def run(tx, course=COURSE, params=PARAMS, compiled=False, options=QUICKLY):
