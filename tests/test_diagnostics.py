@@ -40,7 +40,7 @@ def some(shape, dtype=jnp.float32, scale=1.0):
 
 PARAMS = {
     "w": some((24, 20)),
-    "b": some((40,), jnp.bfloat16, 30.0),
+    "b": some((40,), jnp.bfloat16, 30 * 10.0 ** np.linspace(-4, 0, 40)),  # the smallest move, the largest do not
     "h": some((40,), jnp.float16, 30.0),
     "z": some((40,), jnp.complex64),
     "s": some(()),
