@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +24,35 @@ STEPS, BATCH, SHIFT = 600, 64, 400
 DEAD = "hidden/.*"
 
 
+def _adam(rate: Any, b2: Any, eps: Any) -> Any:
+    return adam_jax.adam(rate, b2=b2, eps=eps)
+
+
+def _rounded(*numbers: Any) -> Any:
+    return adam_jax.chain(_adam(*numbers), adam_jax.round_stochastically())
+
+
+def _grouped(*numbers: Any) -> Any:
+    return adam_jax.by_path({DEAD: {}}, _adam(*numbers))
+
+
 class Case(NamedTuple):
     """A run.
 
     Attributes:
-      optimizer: that of all parameters.
+      rate: the learning rate.
+      b2: Adam's β₂.
+      eps: Adam's ε.
+      build: from these numbers to the optimizer of all parameters.
       dtype: that of the parameters.
       bias: where those of the layer in the middle start.
       shifts: whether images are black up to step `SHIFT`.
     """
 
-    optimizer: Any
+    rate: float
+    b2: float = 0.999
+    eps: float = 1e-8
+    build: Callable[..., Any] = _adam
     dtype: Any = np.float32
     bias: float = 0.0
     shifts: bool = False
@@ -72,14 +90,8 @@ class Outcome(NamedTuple):
     seen: dict[str, np.ndarray]
 
 
-def _rounded(*links: Any) -> Case:
-    return Case(adam_jax.chain(adam_jax.adam(1e-4), *links), jnp.bfloat16)
-
-
-ROUNDED = _rounded(adam_jax.round_stochastically())
+ROUNDED = Case(1e-4, build=_rounded, dtype=jnp.bfloat16)
 """What mends the third."""
-
-_GROUPED = adam_jax.by_path({DEAD: {}}, adam_jax.adam(1e-3))
 
 PATHOLOGIES = {
     "β₂ too large for data that shift": Pathology(
@@ -87,14 +99,16 @@ PATHOLOGIES = {
         3.0,
         True,
         slice(SHIFT, SHIFT + 5),
-        Case(adam_jax.adam(6e-2, b2=0.9999), shifts=True),
-        Case(adam_jax.adam(6e-2, b2=0.95), shifts=True),
+        Case(6e-2, b2=0.9999, shifts=True),
+        Case(6e-2, b2=0.95, shifts=True),
     ),
-    "ε too large": Pathology(
-        "all/eps_share", 0.5, True, slice(0, STEPS), Case(adam_jax.adam(1e-3, eps=1.0)), Case(adam_jax.adam(1e-3))
+    "ε too large": Pathology("all/eps_share", 0.5, True, slice(0, STEPS), Case(1e-3, eps=1.0), Case(1e-3)),
+    "bf16, rounded to nearest": Pathology(
+        "all/unmoved_share", 0.5, True, slice(0, STEPS), Case(1e-4, dtype=jnp.bfloat16), Case(1e-4)
     ),
-    "bf16, rounded to nearest": Pathology("all/unmoved_share", 0.5, True, slice(0, STEPS), _rounded(), Case(adam_jax.adam(1e-4))),
-    "a dead layer": Pathology(f"{DEAD}/gradient_norm", 1e-6, False, slice(0, STEPS), Case(_GROUPED, bias=-100.0), Case(_GROUPED)),
+    "a dead layer": Pathology(
+        f"{DEAD}/gradient_norm", 1e-6, False, slice(0, STEPS), Case(1e-3, build=_grouped, bias=-100.0), Case(1e-3, build=_grouped)
+    ),
 }
 
 
@@ -128,23 +142,33 @@ def _loss(params: Any, images: Array, targets: Array) -> Array:
 
 
 @functools.cache
+def _program(build: Callable[..., Any]) -> Any:
+    """A whole run, every step of it observed; the numbers of an optimizer are arguments, so that runs share what is compiled."""
+
+    def run(numbers: Any, params: Any, images: Array, targets: Array, batches: Any) -> Any:
+        tx = adam_jax.observe(build(*numbers), every=1)
+
+        def step(carry: Any, batch: tuple[Array, Array]) -> Any:
+            (params, state), (chosen, brightness) = carry, batch
+            loss, grads = jax.value_and_grad(_loss)(params, images[chosen] * brightness, targets[chosen])
+            updates, state = tx.update(grads, state, params)
+            return (adam_jax.apply_updates(params, updates), state), (loss, adam_jax.observations(state))
+
+        return lax.scan(step, (params, tx.init(params)), batches)[1]
+
+    return jax.jit(run)
+
+
+@functools.cache
 def train(case: Case) -> Outcome:
-    """A whole run, every step of it observed."""
+    """What comes of a whole run."""
     random = np.random.default_rng(0)
-    images, targets = map(jnp.asarray, _data())
-    tx = adam_jax.observe(case.optimizer, every=1)
+    images, targets = _data()
     params = _start(random, case)
-
-    def step(carry: Any, batch: tuple[Array, Array]) -> Any:
-        (params, state), (chosen, brightness) = carry, batch
-        loss, grads = jax.value_and_grad(_loss)(params, images[chosen] * brightness, targets[chosen])
-        updates, state = tx.update(grads, state, params)
-        return (adam_jax.apply_updates(params, updates), state), (loss, adam_jax.observations(state))
-
     order = random.integers(len(targets), size=(STEPS, BATCH))
     brightness = np.where(case.shifts & (np.arange(STEPS) < SHIFT), 0, 1).astype(np.float32)
-    run = jax.jit(lambda batches: lax.scan(step, (params, tx.init(params)), batches)[1])
-    losses, seen = jax.device_get(run((order, brightness)))
+    numbers = tuple(map(np.float32, case[:3]))
+    losses, seen = jax.device_get(_program(case.build)(numbers, params, images, targets, (order, brightness)))
     return Outcome(losses, seen)
 
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays the same."""
+
 
 def normals(*shape, seed=0, scale=1.0, dtype=jnp.float32):
     """Normal random numbers, drawn in float64."""

@@ -17,6 +17,8 @@ import pytest
 
 from adam_jax.demo import digits
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parent.parent / "docs" / "scripts"
 TRAIN = str(SCRIPTS / "train.py")
 STEPS, EVERY = 24, 6

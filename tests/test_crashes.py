@@ -224,6 +224,7 @@ def kill(command, environment, directory, draw):
     return any(directory.glob(TEMPORARY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_killed_again_and_again_it_ends_with_the_same_bits(case, environment, data, tmp_path):
     draw, killed = random.Random(case), tmp_path / "killed"

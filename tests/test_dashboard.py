@@ -1,9 +1,12 @@
 """`plot`: the lines are the numbers of the history."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import QUICKLY
 
 import adam_jax as aj
 
@@ -14,12 +17,17 @@ pytest.importorskip("matplotlib")
 def history():
     tx = aj.observe(aj.by_path({"b": {"weight_decay": 0.0}}, aj.adamw(1e-2)), every=2)
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def step(params, state, t):
+        grads = jax.tree.map(lambda p: p + 0.1 * t, params)
+        updates, state = tx.update(grads, state, params)
+        return aj.apply_updates(params, updates), state
+
     state, looks = tx.init(params), []
     for t in range(7):
         looks.append(aj.observations(state))
-        grads = jax.tree.map(lambda p, t=t: p + np.float32(0.1 * t), params)
-        updates, state = tx.update(grads, state, params)
-        params = aj.apply_updates(params, updates)
+        params, state = step(params, state, np.float32(t))
     return [*looks, aj.observations(state)]
 
 

@@ -1,5 +1,7 @@
 """The command line: what it trains, what it writes, and what it says when something is wrong."""
 
+import contextlib
+import functools
 import io
 import json
 import os
@@ -12,12 +14,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import same
 
 import adam_jax
 from adam_jax import _choices, demo
@@ -40,29 +44,29 @@ IMAGES = {
 }
 
 
+def save(path, **changed):
+    """Writes IMAGES with some arrays replaced, or left out where None, and returns the path."""
+    np.savez(path, **{name: array for name, array in (IMAGES | changed).items() if array is not None})
+    return path
+
+
 @pytest.fixture
 def write(tmp_path):
-    """Writes IMAGES with some arrays replaced, or left out where None, and returns the path."""
+    return functools.partial(save, tmp_path / "images.npz")
 
-    def save(**changed):
-        path = tmp_path / "images.npz"
-        np.savez(path, **{name: array for name, array in (IMAGES | changed).items() if array is not None})
-        return path
 
-    return save
+class Dense(nn.Module):
+    """One dense layer instead of the network, which takes seconds to compile for each optimizer."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(self.classes)(images.reshape(len(images), -1))
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """One dense layer instead of the network, which takes seconds to compile for each optimizer."""
-
-    class Dense(nn.Module):
-        classes: int
-
-        @nn.compact
-        def __call__(self, images):
-            return nn.Dense(self.classes)(images.reshape(len(images), -1))
-
     monkeypatch.setattr(demo, "Network", Dense)
 
 
@@ -151,8 +155,13 @@ def test_all_start_alike_and_repeat_exactly(write, quick):
 def test_the_convolution_is_that_of_flax():
     images = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
     ours, flax = nn.Conv(4, (3, 3), conv_general_dilated=demo._convolve), nn.Conv(4, (3, 3))
-    params = flax.init(jax.random.key(1), images)
-    np.testing.assert_allclose(ours.apply(params, images), flax.apply(params, images), rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def both():
+        params = flax.init(jax.random.key(1), images)
+        return ours.apply(params, images), flax.apply(params, images)
+
+    np.testing.assert_allclose(*both(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_sweep_trains_each_rate_as_it_would_alone(write, quick):
@@ -170,13 +179,13 @@ def test_the_sweep_trains_each_rate_as_it_would_alone(write, quick):
 
 def test_the_sweep_does_not_look_at_test_images(write, quick):
     chosen = {
-        demo.sweep(adam_jax.adam, demo.prepare(demo.read(write(y_test=labels)), 8, 16, 0, sweeps=True), lambda *_: None)
+        demo.sweep(OPTIMIZERS["sgd"], demo.prepare(demo.read(write(y_test=labels)), 8, 16, 0, sweeps=True), lambda *_: None)
         for labels in (IMAGES["y_test"], 1 - IMAGES["y_test"])
     }
     assert len(chosen) == 1
 
 
-def test_rates_that_diverge_lose(write, monkeypatch):
+def test_rates_that_diverge_lose(write, quick, monkeypatch):
     monkeypatch.setattr(demo, "RATES", (1e-3, 1e-2, 1e37))
     setting = demo.prepare(demo.read(write()), 8, 16, 0, sweeps=True)
     assert demo.run(OPTIMIZERS["sgd"], setting, None, lambda *_: None).rate == 1e-2
@@ -331,17 +340,17 @@ def test_checking_leaves_the_output_as_it_was(refusal, tmp_path):
 # Low precision, devices
 
 
+class Hidden(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(self.classes)(nn.relu(nn.Dense(256)(images.reshape(len(images), -1))))
+
+
 @pytest.fixture
 def wide(monkeypatch):
     """A hidden layer of enough elements that `storage` narrows its moments."""
-
-    class Hidden(nn.Module):
-        classes: int
-
-        @nn.compact
-        def __call__(self, images):
-            return nn.Dense(self.classes)(nn.relu(nn.Dense(256)(images.reshape(len(images), -1))))
-
     monkeypatch.setattr(demo, "Network", Hidden)
 
 
@@ -365,29 +374,32 @@ def dtypes(tree):
     return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.fixture(scope="module")
+def low(tmp_path_factory):
+    """By precision the course of a run, and the arrays at its end, at a rate whose steps a bfloat16 cannot hold."""
+    data, found = demo.read(save(tmp_path_factory.mktemp("low") / "images.npz")), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "Network", Hidden)
+        for precision, (dtype, _) in _choices.PRECISIONS.items():
+            setting = demo.prepare(data, 100, 16, 0, sweeps=False, dtype=dtype)
+            kept, make = Kept(), _choices.factory("adam", _choices.storage("bfloat16, 8bit"), precision)
+            found[precision] = demo.run(make, setting, 3e-5, lambda *_: None, kept), kept.carry
+    return found
+
+
 @pytest.mark.parametrize("precision", _choices.PRECISIONS)
-def test_storage_and_precision_reach_the_run(write, wide, precision):
+def test_storage_and_precision_reach_the_run(low, precision):
     dtype, links = _choices.PRECISIONS[precision]
-    setting = demo.prepare(demo.read(write()), 20, 16, 0, sweeps=False, dtype=dtype)
-    kept = Kept()
-    make = _choices.factory("adam", _choices.storage("bfloat16, 8bit"), precision)
-    course = demo.run(make, setting, 0.01, lambda *_: None, kept)
-    params, state = kept.carry
+    params, state = low[precision][1]
     assert dtypes(params) == {jnp.dtype(dtype).name}
     stages = state[0] if links else state
     assert stages[0].mu["params"]["Dense_1"]["kernel"].dtype == jnp.bfloat16
     assert stages[0].nu["params"]["Dense_1"]["kernel"].dtype == jnp.uint8
     assert ("int16" in dtypes(state[1:]) if links else False) == (precision == "bfloat16-compensated")
-    assert course.accuracy == 1.0
 
 
-def test_compensated_parameters_follow_float32_ones_and_nearest_ones_stay_behind(write, quick):
-    """At a rate whose steps a bfloat16 cannot hold."""
-    losses = {}
-    for precision, (dtype, _) in _choices.PRECISIONS.items():
-        setting = demo.prepare(demo.read(write()), 100, 16, 0, sweeps=False, dtype=dtype)
-        course = demo.run(_choices.factory("adam", "float32", precision), setting, 3e-5, lambda *_: None)
-        losses[precision] = course.losses[0] - course.losses[-1]
+def test_compensated_parameters_follow_float32_ones_and_nearest_ones_stay_behind(low):
+    losses = {precision: course.losses[0] - course.losses[-1] for precision, (course, _) in low.items()}
     assert losses["bfloat16"] < 0.5 * losses["float32"]
     assert losses["bfloat16-stochastic"] == pytest.approx(losses["float32"], rel=0.3)
     assert losses["bfloat16-compensated"] == pytest.approx(losses["float32"], rel=0.1)
@@ -402,21 +414,18 @@ def test_every_member_takes_every_storage_and_precision(storage):
 
 
 DEVICES = """
+import sys
 import jax
 from pathlib import Path
 from adam_jax import _choices, demo
 from adam_jax.__main__ import _check_devices, main
 
-path, output = {paths!r}
-if {flag}:
-    jax.devices()
-else:
-    _check_devices(2)
-class Kept:
-    progress = None
-    def load(self, like): ...
-    def save(self, carry, progress, last): self.carry = carry
+tests, path, output = {paths!r}
+_check_devices(2)
+sys.path.insert(0, tests)
+from test_demo import Hidden, Kept
 
+demo.Network = Hidden
 courses = []
 for devices in (1, 2):
     setting = demo.prepare(demo.read(Path(path)), 10, 16, 0, sweeps=False, devices=devices)
@@ -424,23 +433,35 @@ for devices in (1, 2):
     courses.append(demo.run(_choices.factory("adam", "float32", "float32"), setting, 0.01, lambda *_: None, kept))
 params, state = kept.carry
 assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-kernel = state[0].nu["params"]["Conv_1"]["kernel"]
+kernel = state[0].nu["params"]["Dense_1"]["kernel"]
 assert len(kernel.sharding.device_set) == 2 and not kernel.sharding.is_fully_replicated, kernel.sharding
 one, two = courses
 assert all(abs(a - b) < 1e-3 * b for a, b in zip(one.losses, two.losses, strict=True)), (one, two)
 assert main(["--data", path, "--devices", "2", "--batch-size", "16", "--steps", "2", "--optimizers", "adam", "--learning-rate",
              "0.01", "--output", output]) == 0
 """
+THERE = """
+import jax
+from adam_jax.__main__ import _check_devices
+
+assert len(jax.devices()) == 2
+_check_devices(2)
+"""
 
 
-@pytest.mark.parametrize("flag", [True, False], ids=["XLA_FLAGS", "JAX makes them"])
-def test_on_two_devices_the_state_is_cut_and_the_losses_are_those_of_one(write, tmp_path, flag):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    if flag:
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    code = DEVICES.format(paths=(str(write()), str(tmp_path / "a.png")), flag=flag)
+def alone(code, **environment):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_on_two_devices_the_state_is_cut_and_the_losses_are_those_of_one(write, tmp_path):
+    """Of devices that JAX makes when it is asked for two."""
+    alone(DEVICES.format(paths=(str(Path(__file__).parent), str(write()), str(tmp_path / "a.png"))))
+
+
+def test_devices_that_are_there_will_do():
+    alone(THERE, XLA_FLAGS="--xla_force_host_platform_device_count=2")
 
 
 def test_more_devices_than_there_are(refusal):
@@ -482,31 +503,27 @@ def keep(tmp_path):
     return run
 
 
-def same(ours, theirs):
+def alike(ours, theirs):
     """Every number of the courses but the time, and every bit of the arrays."""
     assert ours[0]._replace(seconds=0) == theirs[0]._replace(seconds=0)
-    for one, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
-        assert one.dtype == other.dtype
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    same(ours[1], theirs[1])
 
 
 @pytest.mark.parametrize(
     ("name", "storage", "precision"),
     [
-        ("sgd", "float32", "float32"),
-        ("adam", "float32", "float32"),
         ("adamw", "8bit", "bfloat16-stochastic"),
         ("amsgrad", "bfloat16,8bit", "bfloat16-compensated"),
     ],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(write, wide, keep, name, storage, precision):
     dtype, _ = _choices.PRECISIONS[precision]
-    setting = demo.prepare(demo.read(write()), 20, 16, 0, sweeps=False, dtype=dtype)
+    setting = demo.prepare(demo.read(write()), 14, 16, 0, sweeps=False, dtype=dtype)
     make = _choices.factory(name, _choices.storage(storage), precision)
-    for fails in (7, 14):
+    for fails in (7, 10):
         with pytest.raises(Interrupted):
             keep(make, setting, 0.01, "run", resume=fails > 7, fails=fails)
-    same(keep(make, setting, 0.01, "run", resume=True), keep(make, setting, 0.01))
+    alike(keep(make, setting, 0.01, "run", resume=True), keep(make, setting, 0.01))
 
 
 def test_a_state_without_codes_is_kept_too(write, quick, keep):
@@ -515,32 +532,55 @@ def test_a_state_without_codes_is_kept_too(write, quick, keep):
     make = _choices.factory("adam", "8bit", "float32")
     with pytest.raises(Interrupted):
         keep(make, setting, 0.01, "run", fails=5)
-    same(keep(make, setting, 0.01, "run", resume=True), keep(make, setting, 0.01))
+    alike(keep(make, setting, 0.01, "run", resume=True), keep(make, setting, 0.01))
 
 
 def test_the_rate_that_a_sweep_chose_is_kept(write, quick, keep, monkeypatch):
     setting = demo.prepare(demo.read(write()), 8, 16, 0, sweeps=True)
-    whole = keep(adam_jax.adam, setting, None)
+    make = OPTIMIZERS["sgd"]
+    whole = keep(make, setting, None)
     with pytest.raises(Interrupted):
-        keep(adam_jax.adam, setting, None, "run", fails=0)
+        keep(make, setting, None, "run", fails=0)
     monkeypatch.setattr(demo, "sweep", lambda *_: pytest.fail("it sweeps again"))
-    same(keep(adam_jax.adam, setting, None, "run", resume=True), whole)
+    alike(keep(make, setting, None, "run", resume=True), whole)
 
 
-def test_a_run_that_is_over_is_not_trained_again(demonstrate, write, quick, tmp_path):
-    options = ("--data", write(), "--optimizers", "adam", "--learning-rate", 0.01, "--checkpoint-dir", tmp_path / "runs")
-    first, _ = demonstrate(*options)
+class Logged(NamedTuple):
+    directory: Path
+    options: list
+    out: str
+    courses: list
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A run that is kept and logged, for all tests that look at one; its options, what it printed, and its courses."""
+    pytest.importorskip("orbax.checkpoint")
+    pytest.importorskip("tensorboardX")
+    directory, courses, run = tmp_path_factory.mktemp("logged"), [], demo.run
+    data = save(directory / "images.npz")
+    options = ["--data", data, "--optimizers", "sgd,adam", "--learning-rate", 0.01, "--log-dir", directory / "logs"]
+    options += ["--checkpoint-every", 4, "--checkpoint-dir", directory / "runs"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(demo, "Network", Dense)
+        patch.setattr(demo, "run", lambda *its: courses.append(run(*its)) or courses[-1])
+        numbers = ["--steps", "12", "--batch-size", "16", "--output", str(directory / "figure.png")]
+        assert main([*numbers, *map(str, options)]) == 0
+    return Logged(directory, options, out.getvalue(), courses)
+
+
+def test_a_run_that_is_over_is_not_trained_again(logged, demonstrate, quick):
+    options = [its if its != logged.directory / "logs" else logged.directory / "again" for its in logged.options]
     again, _ = demonstrate(*options, "--resume")
-    assert table(first) == table(again)  # the seconds, too
+    assert table(logged.out) == table(again)  # the seconds, too
     assert "adam: going on from step 12\n" in again
     assert "adam: training" not in again
 
 
-def test_checkpoints_of_another_run_are_refused(demonstrate, request, write, quick, tmp_path):
-    options = ["--data", write(), "--optimizers", "adam", "--learning-rate", 0.01, "--checkpoint-dir", tmp_path / "runs"]
-    setting = ["--steps", 12, "--batch-size", 16, *options]
-    demonstrate(*options)
-    refusal = request.getfixturevalue("refusal")  # from here on nothing may be trained
+def test_checkpoints_of_another_run_are_refused(logged, refusal, write, quick):
+    options = ["--steps", 12, "--batch-size", 16, "--optimizers", "adam", "--checkpoint-dir", logged.directory / "runs"]
+    data, rate = ["--data", write()], ["--learning-rate", 0.01]
+    setting = [*options, *data, *rate]
     said = refusal(*setting)
     assert "--checkpoint-dir: found checkpoints in" in said
     assert "Add --resume" in said
@@ -549,10 +589,8 @@ def test_checkpoints_of_another_run_are_refused(demonstrate, request, write, qui
         (["--steps", 13, "--storage", "8bit"], "made with --steps 12 --storage float32; this run has --steps 13 --storage 8bit."),
     ):
         assert says in refusal(*setting, "--resume", *changed)
-    assert "made with --data" in refusal(*setting, "--resume", "--data", write(x_test=IMAGES["x_test"] + 1))
-    assert "made with --learning-rate 0.01; this run has --learning-rate not given" in refusal(
-        "--steps", 12, "--batch-size", 16, *options[:4], *options[6:], "--resume", "--data", write()
-    )
+    assert "made with --learning-rate 0.01; this run has --learning-rate not given" in refusal(*options, *data, "--resume")
+    assert "made with --data" in refusal(*options, *rate, "--resume", "--data", write(x_test=IMAGES["x_test"] + 1))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(write, wide, keep, tmp_path):
@@ -566,9 +604,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(write,
     with pytest.raises(ValueError, match=r"run/12 is damaged \(.*\). Delete it to go on from the checkpoint before it"):
         keep(adam_jax.adam, setting, 0.01, "run", resume=True)
     shutil.rmtree(tmp_path / "run" / "12")
-    same(keep(adam_jax.adam, setting, 0.01, "run", resume=True), whole)
+    alike(keep(adam_jax.adam, setting, 0.01, "run", resume=True), whole)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(write, tmp_path):
     """By the operating system, in a process of its own, at any moment after the first checkpoints."""
     checkpoints = pytest.importorskip("adam_jax._checkpoints").checkpoints
@@ -636,20 +675,10 @@ def scalars(found):
     return kept
 
 
-def test_events_hold_the_curves(demonstrate, write, quick, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboardX")
-    courses, run = {}, demo.run
-
-    def spy(make, *rest):
-        course = run(make, *rest)
-        courses[len(courses)] = course
-        return course
-
-    monkeypatch.setattr(demo, "run", spy)
-    out, _ = demonstrate("--data", write(), "--optimizers", "sgd,adam", "--log-dir", tmp_path / "logs")
-    assert f"tensorboard --logdir {tmp_path / 'logs'}\n" in out
-    for name, course in zip(("sgd", "adam"), courses.values(), strict=True):
-        found = scalars(events(tmp_path / "logs" / name))
+def test_events_hold_the_curves(logged):
+    assert f"tensorboard --logdir {logged.directory / 'logs'}\n" in logged.out
+    for name, course in zip(("sgd", "adam"), logged.courses, strict=True):
+        found = scalars(events(logged.directory / "logs" / name))
         expected = {("training loss", s): loss for s, loss in zip(course.steps, course.losses, strict=True)}
         expected |= {("test accuracy", s): found for s, found in zip(course.steps, course.accuracies, strict=True)}
         expected |= {("learning rate", s): course.rate for s in course.steps}
@@ -660,11 +689,8 @@ def test_events_hold_the_curves(demonstrate, write, quick, tmp_path, monkeypatch
         assert min(norms.values()) > 0
 
 
-def test_a_resumed_run_logs_each_step_once(demonstrate, write, quick, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboardX")
-    options = ["--data", write(), "--optimizers", "adam", "--learning-rate", 0.01]
-    demonstrate(*options, "--log-dir", tmp_path / "whole")
-    options += ["--checkpoint-every", 4]
+def test_a_resumed_run_logs_each_step_once(logged, demonstrate, write, quick, tmp_path, monkeypatch):
+    options = ["--data", write(), "--optimizers", "adam", "--learning-rate", 0.01, "--checkpoint-every", 4]
     from adam_jax import _report
 
     draw = _report.progress
@@ -686,7 +712,7 @@ def test_a_resumed_run_logs_each_step_once(demonstrate, write, quick, tmp_path, 
     monkeypatch.setattr(_report, "progress", draw)
     time.sleep(1.1)  # the files are told apart by the second in their names
     demonstrate(*options, "--resume")
-    found, whole = events(tmp_path / "logs" / "adam"), scalars(events(tmp_path / "whole" / "adam"))
+    found, whole = events(tmp_path / "logs" / "adam"), scalars(events(logged.directory / "logs" / "adam"))
     assert len(list((tmp_path / "logs" / "adam").iterdir())) == 2
     assert scalars(found) == whole
     assert sum(bool(event.summary.value) for event in found) > len(whole)  # steps that were lost are logged again

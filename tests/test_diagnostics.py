@@ -1,5 +1,6 @@
 """`observe`: each metric against a float64 transcription of its definition from whole arrays; looking changes nothing."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -16,6 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers import QUICKLY, bits, refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,7 +25,6 @@ import adam_jax as aj
 from adam_jax import _probe
 
 RATE, EPS, CLIP, STEPS = 0.01, 0.3, 0.5, 3
-STORAGES = ["float32", "bfloat16", "8bit"]
 ALL = 10**7
 """A sample of every element."""
 
@@ -39,9 +40,9 @@ def some(shape, dtype=jnp.float32, scale=1.0):
 
 PARAMS = {
     "w": some((24, 20)),
-    "b": some((7,), jnp.bfloat16, 30.0),
-    "h": some((5,), jnp.float16, 30.0),
-    "z": some((6, 2), jnp.complex64),
+    "b": some((40,), jnp.bfloat16, 30 * 10.0 ** np.linspace(-4, 0, 40)),  # the smallest move, the largest do not
+    "h": some((40,), jnp.float16, 30.0),
+    "z": some((40,), jnp.complex64),
     "s": some(()),
     "empty": jnp.zeros((0, 3)),
     "n": jnp.arange(3),
@@ -69,28 +70,35 @@ def wide(x):
     return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-def run(tx, course=COURSE, params=PARAMS):
-    """(params before, state before, gradients, updates, state after) of each step, each jitted as a user would."""
+def run(tx, course=COURSE, params=PARAMS, compiled=False, options=QUICKLY):
+    """(params before, state before, gradients, updates, state after) of each step.
 
-    @jax.jit
+    Operation by operation: most operations of one optimizer are those of another one, and are compiled once for all of them.
+    Where it matters what XLA makes of a whole step, or operations have shapes of their own, the step is compiled.
+    """
+
+    @functools.partial(jax.jit, compiler_options=options)
     def step(params, state, grads):
         updates, after = tx.update(grads, state, params)
         with jax.numpy_dtype_promotion("standard"):
             return optax.apply_updates(params, updates), after, updates
 
-    state, steps = tx.init(params), []
-    for grads in course:
-        moved, after, updates = step(params, state, grads)
-        steps.append((params, state, grads, updates, after))
-        params, state = moved, after
+    with contextlib.nullcontext() if compiled else jax.disable_jit():
+        state, steps = jax.jit(tx.init)(params), []
+        for grads in course:
+            moved, after, updates = step(params, state, grads)
+            steps.append((params, state, grads, updates, after))
+            params, state = moved, after
     return steps
 
 
-def bits(tree):
-    return {
-        jax.tree_util.keystr(path): (leaf.dtype, np.asarray(leaf).tobytes())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+def names_after_a_step(tx, params=PARAMS):
+    """What is observed, from a step that is traced and not run."""
+
+    def step(params, grads):
+        return aj.observations(tx.update(grads, tx.init(params), params)[1])
+
+    return jax.eval_shape(step, params, gradients(params)).keys()
 
 
 # The oracle: what a member does to one leaf, in double precision, from the moments in its state.
@@ -166,6 +174,8 @@ ORACLES = {
     "stages": (aj.chain(aj.chain(*aj.adam(1.0, eps=EPS).stages[:-1]), aj.scale_by_learning_rate(RATE)), adam),
     "guarded": (aj.skip_nonfinite(aj.adam(RATE, eps=EPS)), adam),
 }
+FEWER = ("lamb", "adam_mini", "links behind")
+"""Of these not all leaves: they have sums of their own for each shape, which take long to compile."""
 NAMES = ["mu", "nu", "mu_slow", "nu_max"]
 INEXACT = ["w", "b", "h", "z", "s", "empty"]
 
@@ -247,14 +257,13 @@ def check(found, wanted, group="all", rtol=2e-3, skip=()):
 def test_every_metric_is_its_definition(name):
     """Of real, half, complex, scalar and empty leaves together, beside integers and `None`."""
     tx, oracle = ORACLES[name]
-    params, course = PARAMS, COURSE
-    if "Optax" in name:  # which knows no float0
-        params, *course = ({k: v for k, v in tree.items() if k != "n"} for tree in (PARAMS, *COURSE))
+    keep = ["w", "b", "h", "z"] if name in FEWER else [k for k in PARAMS if "Optax" not in name or k != "n"]  # it knows no float0
+    params, *course = ({k: tree[k] for k in keep} for tree in (PARAMS, *COURSE))
     clip = CLIP if "clipping" in name else np.inf
     for t, step in enumerate(run(aj.observe(tx, every=1, sample=ALL), course, params), start=1):
         found = aj.observations(step[-1])
         assert found["step"] == t
-        wanted = expected(step, t, oracle, clip=clip)
+        wanted = expected(step, t, oracle, [k for k in INEXACT if k in keep], clip)
         half = ("update_rms", "update_ratio", "unmoved_share")  # seen before an update is rounded to its leaf's 16 bits
         check(found, wanted, rtol=5e-3)
         check(found, wanted, rtol=1e-4, skip=half)
@@ -266,7 +275,7 @@ def test_every_metric_is_its_definition(name):
 def test_in_double_precision():
     params = {"w": some((6, 5), jnp.float64), "z": some((4,), jnp.complex128), "b": some((9,), jnp.bfloat16, 30.0)}
     tx = aj.observe(aj.adam(RATE, eps=EPS), every=1, sample=ALL)
-    for t, step in enumerate(run(tx, [gradients(params) for _ in range(3)], params), start=1):
+    for t, step in enumerate(run(tx, [gradients(params) for _ in range(2)], params, compiled=True), start=1):
         found = aj.observations(step[-1])
         assert {name: x.dtype for name, x in found.items() if x.dtype != jnp.float32} == {"step": jnp.dtype("int32")}
         check(found, expected(step, t, adam, names=list(params)), rtol=5e-3)
@@ -275,7 +284,7 @@ def test_in_double_precision():
 def test_groups_each_and_all():
     groups = {"w": {"learning_rate_multiplier": 100.0}, "(b|h)": aj.amsgrad(RATE, eps=EPS), "z": "frozen"}
     tx = aj.observe(aj.by_path(groups, aj.adam(RATE, eps=EPS)), every=1, sample=ALL)
-    *_, step = run(tx)
+    *_, step = run(tx, compiled=True)
     found = aj.observations(step[-1])
     assert {name.rpartition("/")[0] for name in found} == {"", "all", "w", "(b|h)", "default"}
     scaled = lambda *its: (made := adam(*its)) | {"rate": 100 * made["rate"]}  # noqa: E731
@@ -295,18 +304,20 @@ def test_groups_within_a_chain():
     direction = lambda eps: aj.chain(*aj.adam(1.0, eps=eps).stages[:-1])  # noqa: E731
     grouped = aj.by_path({"w": direction(1.0)}, direction(EPS))
     tx = aj.observe(aj.chain(grouped, aj.scale_by_learning_rate(RATE), aj.clip_update_rms(0.1)), every=1, sample=ALL)
-    *_, step = run(tx)
+    params, *course = ({k: tree[k] for k in "wbs"} for tree in (PARAMS, *COURSE))
+    *_, step = run(tx, course, params)
     found = aj.observations(step[-1])
     wanted = expected(step, STEPS, lambda *its: quotient(*map(adam(*its).get, ("mean", "root")), eps=1.0), ["w"])
     check(found, wanted, "w", skip=("update_rms", "update_ratio"))  # the group's own, before the rate
-    wanted = expected(step, STEPS, adam)
+    wanted = expected(step, STEPS, adam, "wbs")
     check(found, {name: wanted[name] for name in ("update_rms", "update_ratio", "momentum_cosine")}, rtol=5e-3)
 
 
 def test_groups_in_groups_have_paths():
     inner = aj.by_path({"b": aj.adam(0.1)}, aj.adam(RATE))
     tx = aj.observe(aj.by_path({"(b|h)": inner}, aj.adam(RATE)), every=1)
-    *_, step = run(tx)
+    params, *course = ({k: tree[k] for k in "bhs"} for tree in (PARAMS, *COURSE))
+    *_, step = run(tx, course, params)
     found = aj.observations(step[-1])
     prefixes = {name.rpartition("/")[0] for name in found} - {""}
     assert prefixes == {"all", "(b|h)", "(b|h)/b", "(b|h)/default", "default"}
@@ -320,7 +331,8 @@ def test_after_a_reset_of_some_leaves():
     state = aj.reset(last[-1], match="w")
     for t in (1, 2):
         grads = gradients()
-        updates, after = jax.jit(tx.update)(grads, state, PARAMS)
+        with jax.disable_jit():
+            updates, after = tx.update(grads, state, PARAMS)
         ages = {name: t if name == "w" else STEPS + t for name in INEXACT}
         check(aj.observations(after), expected((PARAMS, state, grads, updates, after), ages, adam), rtol=5e-3)
         state = after
@@ -330,7 +342,7 @@ def test_codes_at_their_ends():
     tx = aj.observe(aj.adam(RATE, storage="8bit"), every=1, sample=ALL)
     params = {"w": some((64, 100)), "v": some((100, 80))}
     course = [jax.tree.map(lambda x: x * 10.0 ** jnp.asarray(draw.uniform(-9, 3, x.shape), jnp.float32), params) for _ in "123"]
-    for _, before, *_, after in run(tx, course, params):
+    for _, before, *_, after in run(tx, course, params, compiled=True):
         state = before.inner_state[0]
         codes = [np.abs(np.asarray(x).astype(int)) for moment in (state.mu, state.nu) for x in moment.values()]
         most = [np.iinfo(x.dtype).max for moment in (state.mu, state.nu) for x in moment.values()]
@@ -346,22 +358,20 @@ def test_a_module_may_call_its_parameters_as_states_do():
 
     params = Encoder(some((8, 9), jnp.bfloat16), some((3,)))
     tx = aj.observe(aj.chain(aj.adam(RATE), aj.compensate()), every=1)
-    step = run(tx, [gradients(params)] * 3, params)[-1]
-    assert not {"all/skipped", "all/ends_share"} & aj.observations(step[-1]).keys()
+    assert not {"all/skipped", "all/ends_share"} & names_after_a_step(tx, params)
 
 
 def test_steps_that_a_guard_skips():
     """They are counted, and their update is 0."""
     poison = COURSE[1] | {"w": COURSE[1]["w"].at[0, 0].set(jnp.nan)}
-    for tx in (aj.observe(aj.skip_nonfinite(aj.adam(RATE)), every=1), aj.observe(aj.skip_nonfinite(optax.adam(RATE)), every=1)):
-        keep = ["w", "b", "s"]
+    for inner in (aj.adam(RATE), optax.sgd(RATE, 0.9)):
+        tx, keep = aj.observe(aj.skip_nonfinite(inner), every=1), ["w", "b", "s"] if isinstance(inner, aj.Transformation) else "w"
         params, *course = ({k: tree[k] for k in keep} for tree in (PARAMS, COURSE[0], poison, COURSE[2]))
-        with jax.numpy_dtype_promotion("standard"):
-            found = [aj.observations(step[-1]) for step in run(tx, course, params)]
+        found = [aj.observations(step[-1]) for step in run(tx, course, params)]
         assert [int(its["all/skipped"]) for its in found] == [0, 0, 1]
         assert np.isnan(found[1]["all/gradient_norm"])
         assert [float(its["all/update_rms"]) > 0 for its in found] == [True, False, True]
-        assert found[1]["all/update_rms"] == found[1]["all/unmoved_share"] == 0
+        assert found[1]["all/update_rms"] == found[1].get("all/unmoved_share", 0) == 0
 
 
 # Extremes.
@@ -371,7 +381,7 @@ def test_steps_that_a_guard_skips():
 def test_gradients_of_any_size(size):
     params = {"w": some((24, 20))}
     course = [jax.tree.map(lambda g: g * np.float32(size), {"w": some((24, 20))}) for _ in range(3)]
-    *_, step = run(aj.observe(aj.momentum(RATE, dampened=True), every=1, sample=ALL), course, params)
+    *_, step = run(aj.observe(aj.momentum(RATE, dampened=True), every=1, sample=ALL), course, params, compiled=True)
     found, g = aj.observations(step[-1]), wide(step[2]["w"])
     mean = moments_of(step[-1], "w")["mu"]
     np.testing.assert_allclose(found["all/gradient_norm"], np.linalg.norm(g), rtol=1e-5)
@@ -392,8 +402,7 @@ def test_poison_is_seen(poison):
 
 def test_groups_without_parameters_that_train_are_left_out():
     tx = aj.observe(aj.by_path({"w|b|h|z|s|empty": {}, "n": aj.adam(0.1)}, aj.adam(RATE)), every=1)
-    *_, step = run(tx)
-    groups = {name.rpartition("/")[0] for name in aj.observations(step[-1])}
+    groups = {name.rpartition("/")[0] for name in names_after_a_step(tx)}
     assert groups == {"", "all", "w|b|h|z|s|empty"}
 
 
@@ -429,13 +438,13 @@ def test_a_history_outlives_the_state_it_is_from():
 def test_a_sample_is_close_to_the_whole():
     params = {"w": some((512, 700)), "v": some((300, 7, 40)), "b": some((700,), jnp.bfloat16, 3.0)}
     course = [gradients(params) for _ in range(3)]
-    few, whole = (
-        aj.observations(run(aj.observe(aj.adam(1e-3, eps=EPS), every=1, sample=n), course, params)[-1][-1]) for n in (2**13, ALL)
-    )
-    assert few["all/gradient_norm"] == whole["all/gradient_norm"]
-    for name in few:
-        np.testing.assert_allclose(few[name], whole[name], rtol=0.06, atol=0.01, err_msg=name)
-    assert any(few[name] != whole[name] for name in few)
+    *_, step = run(aj.observe(aj.adam(RATE / 10, eps=EPS), every=1, sample=2**13), course, params, compiled=True)
+    slow = lambda *its: (made := adam(*its)) | {"rate": made["rate"] / 10}  # noqa: E731
+    few, whole = aj.observations(step[-1]), expected(step, 3, slow, list(params))
+    np.testing.assert_allclose(few["all/gradient_norm"], whole["gradient_norm"], rtol=1e-5)
+    for name, value in whole.items():
+        np.testing.assert_allclose(few.get(f"all/{name}", 0.0), value, rtol=0.06, atol=0.01, err_msg=name)
+    np.testing.assert_raises(AssertionError, check, few, whole)
 
 
 def test_a_leaf_counts_by_its_elements_not_by_its_sample():
@@ -443,7 +452,7 @@ def test_a_leaf_counts_by_its_elements_not_by_its_sample():
     params = {"large": jnp.zeros((1000, 100)), "small": jnp.ones(16)}
     grads = {"large": jnp.full((1000, 100), 1e-9), "small": jnp.ones(16)}
     tx = aj.observe(aj.adam(RATE, eps=1e-6), every=1, sample=100)
-    step = run(tx, [grads], params)[0]
+    step = run(tx, [grads], params, compiled=True)[0]
     found = aj.observations(step[-1])
     np.testing.assert_allclose(found["all/eps_share"], 1e5 / (1e5 + 16), rtol=1e-5)
     np.testing.assert_allclose(found["all/update_ratio"], rms(joined(step[3].values())) / np.sqrt(16 / (1e5 + 16)), rtol=1e-4)
@@ -463,6 +472,7 @@ def test_it_looks_at_the_first_step_and_every_so_many_after_it():
     assert bits(found[3]) == bits(found[5]) != bits(found[6])
 
 
+CODES = aj.storage.Codes(smallest=0)
 LINKS = {
     "plain": lambda tx: tx,
     "rounded": lambda tx: aj.chain(tx, aj.round_stochastically()),
@@ -471,11 +481,14 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize(
+    ("link", "storage"),
+    [("plain", "8bit"), ("rounded", "bfloat16"), ("compensated", "float32"), ("guarded", "float32")],
+)
 def test_a_run_that_is_observed_is_the_same_to_the_bit(link, storage):
-    tx = LINKS[link](aj.adamw(RATE, storage=storage))
-    plain, seen = run(tx), run(aj.observe(tx, every=2))
+    tx = LINKS[link](aj.adamw(RATE, storage=CODES if storage == "8bit" else storage))
+    params, *course = ({k: tree[k] for k in ("w", "b")} for tree in (PARAMS, *COURSE))
+    plain, seen = (run(its, course, params, compiled=True, options=None) for its in (tx, aj.observe(tx, every=2)))
     for one, other in zip(plain, seen, strict=True):
         assert bits(one[3]) == bits(other[3])
         assert bits(one[4]) == bits(other[4].inner_state)
@@ -519,14 +532,15 @@ def test_off_it_is_not_there(monkeypatch):
     assert not any(word in text for word in ("stablehlo.case", "stablehlo.if"))
 
 
-@pytest.mark.parametrize("storage", ["float32", "8bit"])
-@pytest.mark.parametrize("guard", [lambda tx: tx, aj.skip_nonfinite], ids=["plain", "guarded"])
+@pytest.mark.parametrize(
+    ("guard", "storage"), [(lambda tx: tx, "8bit"), (aj.skip_nonfinite, "float32")], ids=["plain", "guarded"]
+)
 def test_on_it_copies_nothing(guard, storage):
     """Temporary bytes of the compiled, donated step, against those of the step that is not observed."""
     params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
 
     def temporary(tx):
-        compiled = step_of(tx).lower(params, jax.eval_shape(tx.init, params), params).compile()
+        compiled = step_of(tx).lower(params, jax.eval_shape(tx.init, params), params).compile(QUICKLY)
         return compiled.memory_analysis().temp_size_in_bytes
 
     summed = jax.jit(lambda x: jnp.sum(x * x)).lower(params["w"]).compile().memory_analysis().temp_size_in_bytes
@@ -540,7 +554,7 @@ def test_on_it_copies_nothing(guard, storage):
 
 
 def test_jit_or_not_and_scanned_is_the_same():
-    params, *course = ({k: tree[k] for k in ("w", "b", "s")} for tree in (PARAMS, *COURSE))
+    params, *course = ({"w": tree["w"]} for tree in (PARAMS, *COURSE))
     tx = aj.observe(aj.adam(RATE), every=2, sample=ALL)
     state = tx.init(params)
 
@@ -555,7 +569,8 @@ def test_jit_or_not_and_scanned_is_the_same():
     _, scanned = jax.jit(lambda carry: jax.lax.scan(step, carry, stacked))((params, state))
     carry = params, state
     for t, grads in enumerate(course):
-        carry, found = step(carry, grads)
+        with jax.disable_jit():
+            carry, found = step(carry, grads)
         for name, value in found.items():
             np.testing.assert_allclose(scanned[name][t], value, rtol=1e-4, atol=1e-7, err_msg=name)
 
@@ -563,13 +578,15 @@ def test_jit_or_not_and_scanned_is_the_same():
 def test_an_ensemble_observes_each_member():
     tx = aj.observe(aj.adam(RATE), every=1, sample=ALL)
     params, grads = ({"w": some((3, 8, 5))} for _ in range(2))
-    states = jax.vmap(tx.init)(params)
-    _, after = jax.jit(jax.vmap(tx.update))(grads, states, params)
+
+    def look(params, grads):
+        return aj.observations(tx.update(grads, tx.init(params), params)[1])
+
+    alone, together = (jax.jit(its, compiler_options=QUICKLY) for its in (look, jax.vmap(look)))
+    found = together(params, grads)
     for i in range(3):
-        one = jax.tree.map(lambda x, i=i: x[i], (params, grads))
-        _, alone = tx.update(one[1], tx.init(one[0]), one[0])
-        for name, value in aj.observations(alone).items():
-            np.testing.assert_allclose(aj.observations(after)[name][i], value, rtol=1e-4, err_msg=name)
+        for name, value in alone(*jax.tree.map(lambda x, i=i: x[i], (params, grads))).items():
+            np.testing.assert_allclose(found[name][i], value, rtol=1e-4, err_msg=name)
 
 
 def test_in_flax():
@@ -577,7 +594,8 @@ def test_in_flax():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((2, 4)))))(model)
-    optimizer.update(model, grads)
+    with jax.disable_jit():
+        optimizer.update(model, grads)
     found = {name: float(jnp.asarray(x[...])) for name, x in aj.observations(optimizer.opt_state).items()}
     arrays = {"kernel": np.full((4, 3), 2.0), "bias": np.full(3, 2.0)}
     np.testing.assert_allclose(found["bias/gradient_norm"], np.linalg.norm(arrays["bias"]))
@@ -585,7 +603,8 @@ def test_in_flax():
     np.testing.assert_allclose(found["bias/learning_rate_median"], 0.1 / 2)
 
     training = TrainState.create(apply_fn=None, params=arrays, tx=tx)
-    training = training.apply_gradients(grads=arrays)
+    with jax.disable_jit():
+        training = training.apply_gradients(grads=arrays)
     np.testing.assert_allclose(aj.observations(training.opt_state)["default/learning_rate_median"], RATE / 2, rtol=1e-6)
 
 
@@ -593,7 +612,7 @@ def test_in_flax():
 @pytest.mark.usefixtures("standard_promotion")
 def test_of_others_gradients_and_updates_are_seen(inner):
     params, *course = ({k: tree[k] for k in ("w", "b", "s")} for tree in (PARAMS, *COURSE))
-    step = run(aj.observe(inner, every=1, sample=ALL), course, params)[-1]
+    step = run(aj.observe(inner, every=1, sample=ALL), course, params, compiled=True)[-1]
     wanted = expected(step, STEPS, momentum, list(params))
     seen = ("gradient_norm", "update_rms", "update_ratio", "unmoved_share")
     found = aj.observations(step[-1])
@@ -630,9 +649,9 @@ def test_a_history_is_a_csv():
 @pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring:UserWarning")
 def test_what_others_do_with_a_state(tmp_path):
     params, *course = ({k: tree[k] for k in ("w", "b")} for tree in (PARAMS, *COURSE))
-    plain = aj.chain(aj.adam(RATE, storage="8bit"), aj.compensate())
+    plain = aj.chain(aj.adam(RATE, storage=CODES), aj.compensate())
     tx = aj.observe(plain, every=2)
-    state = run(tx, course, params)[-1][-1]
+    state = run(tx, course, params, compiled=True)[-1][-1]
     inner = state.inner_state
 
     on = aj.convert_state(inner, plain, tx, params).state
@@ -681,18 +700,19 @@ REFUSED = {
     "no params": (
         lambda: (tx := aj.observe(aj.adam(0.1))).update(PARAMS["w"], tx.init(PARAMS["w"])),
         ValueError,
-        r"observe\(\)",
+        "observe()",
     ),
     "every for ever": (lambda: aj.observe(aj.adam(0.1), every=10**12), ValueError, "every: found 1000000000000; expected fewer"),
     "a group called all": (
         lambda: aj.observe(aj.skip_nonfinite(aj.by_path({"all": {}}, aj.adam(0.1)))),
         ValueError,
-        r"a group 'all', which is the name of everything; write its pattern as 'all\(\)'",
+        "a group 'all', which is the name of everything; write its pattern as 'all()'",
     ),
     "a run not observed": (
         lambda: aj.observe(aj.adam(0.1)).update(PARAMS["w"], aj.adam(0.1).init(PARAMS["w"]), PARAMS["w"]),
         ValueError,
-        r"observe: found a state of tuple; .* convert_state\(state, tx, observe\(tx\), params\).state",
+        "observe: found a state of tuple; ",
+        "convert_state(state, tx, observe(tx), params).state",
     ),
     "nothing observed": (lambda: aj.observations(aj.adam(0.1).init(PARAMS)), ValueError, "found 0 observers"),
     "two": (
@@ -705,26 +725,21 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    call, error, message = REFUSED[case]
-    with pytest.raises(error, match=message):
+    call, *error_and_words = REFUSED[case]
+    with refused(*error_and_words):
         call()
 
 
 # On eight devices: this file, as a script.
 
 
-@pytest.fixture(scope="module")
-def sharded():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+def test_on_eight_devices_it_sees_the_same_and_gathers_no_array():
+    """Of means in float32 and of squares in 8 bits."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("storage", ["float32", "8bit"])
-def test_on_eight_devices_it_sees_the_same_and_gathers_no_array(sharded, storage):
-    alone, cut, sizes = sharded[storage]
+    alone, cut, sizes = json.loads(done.stdout.splitlines()[-1])
     for name, value in alone.items():
         np.testing.assert_allclose(cut[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
     assert alone["all/update_rms"] > 0
@@ -740,26 +755,20 @@ def main():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     params = {"w": some((256, 512)), "v": some((64, 1024)), "b": some((64,))}
     grads = [gradients(params) for _ in range(2)]
-    found = {}
-    for storage in ("float32", "8bit"):
-        tx = aj.observe(aj.adam(RATE, eps=EPS, storage=storage), every=1, sample=SHARDED_SAMPLE)
-        split = {"w": P("data"), "v": P(None, "data"), "b": P()}
-        shardings = {name: NamedSharding(mesh, spec) for name, spec in split.items()}
-        seen, sizes = [], []
-        for place, states in ((lambda tree: tree, None), (functools.partial(jax.device_put, device=shardings), shardings)):
-            held = place(params)
-            out = None if states is None else aj.state_shardings(tx, held, states)
-            state = jax.jit(tx.init, out_shardings=out)(held)
-            compiled = (
-                jax.jit(tx.update, out_shardings=None if out is None else (states, out))
-                .lower(place(grads[0]), state, held)
-                .compile()
-            )
-            for g in grads:
-                _, state = compiled(place(g), state, held)
-            seen.append({name: float(x) for name, x in aj.observations(state).items()})
-            sizes = [size for _, size in moves(compiled.as_text())]
-        found[storage] = (*seen, sizes)
+    tx = aj.observe(aj.adam(RATE, eps=EPS, storage=("float32", "8bit")), every=1, sample=SHARDED_SAMPLE)
+    split = {"w": P("data"), "v": P(None, "data"), "b": P()}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in split.items()}
+    found = []
+    for place, states in ((lambda tree: tree, None), (functools.partial(jax.device_put, device=shardings), shardings)):
+        held = place(params)
+        out = None if states is None else aj.state_shardings(tx, held, states)
+        state = jax.jit(tx.init, out_shardings=out)(held)
+        update = jax.jit(tx.update, out_shardings=None if out is None else (states, out))
+        compiled = update.lower(place(grads[0]), state, held).compile()
+        for g in grads:
+            _, state = compiled(place(g), state, held)
+        found.append({name: float(x) for name, x in aj.observations(state).items()})
+    found.append([size for _, size in moves(compiled.as_text())])
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -8,6 +8,9 @@ import pytest
 
 from benchmarks.pathologies import PATHOLOGIES, ROUNDED, SHIFT, found, train
 
+# The network adds vectors to matrices, and Optax before 0.2.6 a float32 to a bfloat16.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 PAGE = (Path(__file__).parent.parent / "docs" / "diagnose.md").read_text()
 SHIFTED, EPS, HALF, DEAD = PATHOLOGIES
 
@@ -45,7 +48,6 @@ def test_where_eps_rules_it_hardly_trains():
     assert healthy < 0.2
 
 
-@pytest.mark.usefixtures("standard_promotion")  # Optax before 0.2.6 adds a float32 to a bfloat16
 def test_bf16_that_does_not_move_stalls_and_rounded_stochastically_goes_on():
     sick, rounded, wide = (train(case) for case in (PATHOLOGIES[HALF].sick, ROUNDED, PATHOLOGIES[HALF].healthy))
     metric = PATHOLOGIES[HALF].metric
