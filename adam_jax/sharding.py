@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from adam_jax._paths import Parameters, Shape, owner
+from adam_jax._paths import Parameters, Shape, is_scale, owner
 from adam_jax._tree import PyTree, dtype_of
 
 Axes: TypeAlias = tuple[str, ...]
@@ -82,8 +82,9 @@ def state_shardings(
     shapes = Parameters({path: its.shape for path, its in parameters.items()})
     owners = [owner(path, leaf.shape, shapes) for path, leaf in leaves]
     owned: dict[Any, list[Shape]] = {path: [its.shape] for path, its in parameters.items()}
-    for belongs, (_, leaf) in zip(owners, leaves, strict=True):
-        if belongs is not None:
+    for belongs, (path, leaf) in zip(owners, leaves, strict=True):
+        # Scales follow their moments: they have no axis to cut of their own.
+        if belongs is not None and not is_scale(path):
             owned[belongs].append(leaf.shape)
     entries = {path: _split(its, owned[path], mesh.shape, axes) for path, its in parameters.items()}
 
@@ -95,7 +96,7 @@ def state_shardings(
         its = parameters[belongs]
         kept = [entry if n == of else None for n, of, entry in zip(leaf.shape, its.shape, entries[belongs], strict=True)]
         made.append(NamedSharding(mesh, _spec(*kept), memory_kind=its.sharding.memory_kind))
-        if leaf.size and _size(mesh.shape, set(axes) - set(_used(kept))) > 1:
+        if leaf.size and not is_scale(path) and _size(mesh.shape, set(axes) - set(_used(kept))) > 1:
             uncut.append(f"{jax.tree_util.keystr(path)} {leaf.shape}")
     if uncut:
         more = f" and {len(uncut) - 8} more" if len(uncut) > 8 else ""

@@ -16,7 +16,7 @@ def test_by_hand():
     found = aj.state_bytes(aj.chain(aj.adam(1e-3, storage=("8bit", "bfloat16")), aj.compensate()), PARAMS)
     assert found.elements == 64 * 72 + 7
     assert found.parameters == 64 * 72 * 2 + 7 * 4
-    assert found.mu == 64 * 72 + 7 * 4 + 4  # codes, the small leaf in float32, two exponents
+    assert found.mu == 64 * 72 + 7 * 4 + 2  # codes, the small leaf in float32, a scale
     assert found.nu == 64 * 72 * 2 + 7 * 4
     assert found.rounding == 64 * 72 * 2
     assert found.other == SCALARS
@@ -52,7 +52,7 @@ def test_which_leaves_stay_wide_and_why():
 def test_what_is_printed():
     text = str(aj.state_bytes(aj.adam(1e-3, storage="8bit"), {"w": np.zeros((100, 100), np.float32), "b": np.zeros(7)}))
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:7]}
-    assert rows["μ"] == [f"{10_000 + 7 * 4 + 4:,}", "1.002"]
+    assert rows["μ"] == [f"{10_000 + 7 * 4 + 2:,}", "1.002"]
     assert "mu stays wide in b (7 elements): fewer than 4096 elements" in text
     assert "stays wide" not in str(aj.state_bytes(aj.adam(1e-3), {"w": np.zeros((100, 100), np.float32)}))
 

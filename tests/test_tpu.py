@@ -128,7 +128,7 @@ def test_zero_on_eight_chips_sums_gradients_once_and_gathers_parameters_once(sto
 
     def step(params, state, images):
         def loss(params):
-            return jnp.mean(jnp.square(jax.nn.relu(images @ params["w1"] + params["b1"]) @ params["w2"]))
+            return jnp.mean(jnp.square(jax.nn.relu(images @ params["w1"] + params["b1"][None]) @ params["w2"]))
 
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
