@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from helpers import refused
 
 import adam_jax as aj
 
@@ -30,10 +31,6 @@ def torch():
     found.set_num_threads(1)  # these arrays are too small to share
     yield found
     found.set_num_threads(threads)
-
-
-def refused(error, *says):
-    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in says))
 
 
 # A small convolutional network on the digits, in three frameworks

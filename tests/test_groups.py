@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from helpers import avals, bits, draw_tree, refused, same
 
 import adam_jax as aj
 from adam_jax import by_path
@@ -32,9 +33,7 @@ SHAPES = {
 
 
 def tree(seed, shapes=SHAPES):
-    rng = np.random.default_rng(seed)
-    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
-    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), shapes, is_leaf=is_shape)
+    return draw_tree(seed, shapes)
 
 
 PARAMS = tree(0)
@@ -56,25 +55,10 @@ def named(tree):
     return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
 
 
-def bits(x):
-    return np.asarray(x).tobytes()
-
-
-def same(found, expected):
-    """To the last bit, dtype and place."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert (left.dtype, bits(left)) == (right.dtype, bits(right))
-
-
 def only(pattern, params, others=()):
     """The sub-tree of a group, as a dict by path."""
     keep = lambda path: re.fullmatch(pattern, path) and not any(re.fullmatch(other, path) for other in others)  # noqa: E731
     return {path: leaf for path, leaf in named(params).items() if keep(path)}
-
-
-def refused(error, *says):
-    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in says))
 
 
 # A group is its transformation on its leaves alone
@@ -108,14 +92,15 @@ def test_a_group_moves_as_its_transformation_alone(default, group, alone):
         expected, its = run(tx, only(pattern, PARAMS, others), only(pattern, grads, others))
         same(only(pattern, found, others), expected)
         inner = state.inner_states[BIAS if pattern == BIAS else "default"]
-        assert list(map(bits, jax.tree.leaves(inner))) == list(map(bits, jax.tree.leaves(its)))
+        assert list(bits(inner).values()) == list(bits(its).values())
 
 
 def test_8_bits_for_one_group():
-    """Alone, the random bits are those of the first leaf: so it is here."""
+    """The random bits are those of a leaf of this path, in a group as alone."""
     found, state = run(by_path({"embed/.*": {"storage": "8bit"}}, aj.adam(0.1)), PARAMS, tree(1), jit=jax.jit)
-    expected, _ = run(aj.adam(0.1, storage="8bit"), PARAMS["embed"], tree(1)["embed"], jit=jax.jit)
-    same(found["embed"], expected)
+    alone, its = ({"embed": whole["embed"]} for whole in (PARAMS, tree(1)))
+    expected, _ = run(aj.adam(0.1, storage="8bit"), alone, its, jit=jax.jit)
+    same(found["embed"], expected["embed"])
     assert state.inner_states["embed/.*"][0].mu["embed"]["table"].dtype.itemsize == 1
     assert state.inner_states["default"][0].mu["head"]["kernel"].dtype == jnp.float32
 
@@ -162,9 +147,19 @@ def test_a_multiplied_schedule_of_arrays(factor):
 # Frozen leaves
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64], ids=lambda dtype: jnp.dtype(dtype).name)
+AVERAGED = lambda tx: aj.chain(tx, aj.average_parameters(0.9))  # noqa: E731
+
+
 @pytest.mark.parametrize(
-    "around", [lambda tx: tx, lambda tx: aj.chain(tx, aj.average_parameters(0.9)), aj.skip_nonfinite], ids=["", "chain", "guard"]
+    ("dtype", "around"),
+    [
+        (jnp.float32, lambda tx: tx),
+        (jnp.bfloat16, AVERAGED),
+        (jnp.complex64, AVERAGED),
+        (jnp.bfloat16, aj.skip_nonfinite),
+        (jnp.complex64, aj.skip_nonfinite),
+    ],
+    ids=["float32", "bfloat16 chain", "complex64 chain", "bfloat16 guard", "complex64 guard"],
 )
 def test_no_bit_of_a_frozen_leaf_changes(dtype, around):
     start = jnp.asarray([0.0, -0.0, 1.0, -1e-30, 3.0], dtype)
@@ -181,7 +176,7 @@ def test_no_bit_of_a_frozen_leaf_changes(dtype, around):
         "w": jnp.ones(2),
     }
     tx = around(by_path({"a|b|n": "frozen"}, aj.adamw(0.1)))
-    state, update = tx.init(params), tx.update
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -224,7 +219,7 @@ def test_all_but_some_are_frozen():
     (found, state), (expected, its) = (run(of, PARAMS, tree(1)) for of in (tx, all_but))
     same(found, expected)
     assert list(state.inner_states) == ["head/.*"]
-    assert list(map(bits, jax.tree.leaves(state))) == list(map(bits, jax.tree.leaves(its)))
+    assert list(bits(state).values()) == list(bits(its).values())
     stages = {leaf.path: leaf.stages for leaf in aj.describe(tx, PARAMS).leaves}
     assert stages["embed/table"] == ("frozen",) != stages["head/kernel"]
     assert {name.rpartition("/")[0] for name in aj.observations(aj.observe(tx).init(PARAMS))} == {"", "all", "head/.*"}
@@ -264,14 +259,18 @@ class Equinox(eqx.Module):
         return self.second(self.first(x))
 
 
+# The parameters at the start and after each step.
+
+
 def linen_steps(tx, steps):
     model = Linen()
     train = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(1), x)["params"], tx=tx)
     loss = lambda params: jnp.mean((model.apply({"params": params}, x) - y) ** 2)  # noqa: E731
     step = jax.jit(lambda train: train.apply_gradients(grads=jax.grad(loss)(train.params)))
+    yield train.params
     for _ in range(steps):
         train = step(train)
-    return train.params
+        yield train.params
 
 
 def nnx_steps(tx, steps):
@@ -282,9 +281,10 @@ def nnx_steps(tx, steps):
     def step(model, optimizer):
         optimizer.update(model, nnx.grad(lambda model: jnp.mean((model(x) - y) ** 2))(model))
 
+    yield jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
     for _ in range(steps):
         step(model, optimizer)
-    return nnx.state(model, nnx.Param)
+        yield jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
 
 
 def equinox_steps(tx, steps):
@@ -298,38 +298,46 @@ def equinox_steps(tx, steps):
         updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
         return eqx.apply_updates(model, updates), state
 
+    yield eqx.filter(model, eqx.is_inexact_array)
     for _ in range(steps):
         model, state = step(model, state)
-    return eqx.filter(model, eqx.is_inexact_array)
+        yield eqx.filter(model, eqx.is_inexact_array)
 
 
 def dict_steps(tx, steps):
     params = tree(5, {"first": {"kernel": (2, 3)}, "second": {"bias": (1,), "kernel": (3, 1)}})
-    loss = lambda p: jnp.mean((x @ p["first"]["kernel"] @ p["second"]["kernel"] + p["second"]["bias"] - y) ** 2)  # noqa: E731
+    loss = lambda p: jnp.mean((x @ p["first"]["kernel"] @ p["second"]["kernel"] + p["second"]["bias"][None] - y) ** 2)  # noqa: E731
     state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    yield params
     for _ in range(steps):
-        updates, state = jax.jit(tx.update)(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+        params, state = step(params, state)
+        yield params
 
 
-@pytest.mark.parametrize("steps", [dict_steps, linen_steps, nnx_steps, equinox_steps])
-@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: aj.chain(optax.clip(9.0), tx)], ids=["bare", "chain"])
+BARE, CHAIN = (lambda tx: tx), (lambda tx: aj.chain(optax.clip(9.0), tx))
+
+
+@pytest.mark.parametrize(
+    ("steps", "around"), [(dict_steps, CHAIN), (linen_steps, BARE), (nnx_steps, CHAIN), (nnx_steps, BARE), (equinox_steps, BARE)]
+)
 def test_the_same_patterns_on_every_tree(steps, around):
     """In one step of Adam each element moves by the learning rate: which tells its group."""
-    before, after = (
-        named(steps(by_path({".*": "frozen"}, aj.adam(0.1)), 1)),
-        named(steps(around(by_path(PATTERNS, aj.adam(0.1))), 1)),
-    )
+    before, after, _, last = map(named, steps(around(by_path(PATTERNS, aj.adam(0.1))), 3))
     weight = "weight" if steps is equinox_steps else "kernel"
     assert list(after) == list(before)
     assert {*after} == {f"first/{weight}", f"second/{weight}", "second/bias"}
     moved = {path: np.unique(np.round(np.abs(np.asarray(after[path]) - np.asarray(before[path])), 4)) for path in after}
-    assert bits(before[f"first/{weight}"]) == bits(after[f"first/{weight}"])
+    for now in (after, last):
+        same(now[f"first/{weight}"], before[f"first/{weight}"])
     np.testing.assert_allclose(moved[f"second/{weight}"], 0.1, atol=1e-4)
     np.testing.assert_allclose(moved["second/bias"], 0.05, atol=1e-4)
-    again = named(steps(around(by_path(PATTERNS, aj.adam(0.1))), 3))  # goes on from its own state
-    assert bits(again["second/bias"]) != bits(after["second/bias"])
+    assert bits(last["second/bias"]) != bits(after["second/bias"])  # goes on from its own state
 
 
 def test_lists_tuples_and_empty_leaves():
@@ -468,10 +476,10 @@ def test_what_cannot_be_is_refused_at_once(make, error, says):
 def test_a_rate_that_cannot_be_seen_may_be_there(guarded):
     """Of Optax, inside of what is ours, and behind it a link that needs to know."""
     tx = by_path({BIAS: guarded(optax.sgd(0.1))}, adam)
-    found, _ = run(tx, PARAMS, tree(1), steps=1)
-    same(only(BIAS, found), run(optax.sgd(0.1), only(BIAS, PARAMS), only(BIAS, tree(1)), steps=1)[0])
+    found, _ = run(tx, PARAMS, tree(1), steps=1, jit=jax.jit)
+    same(only(BIAS, found), run(optax.sgd(0.1), only(BIAS, PARAMS), only(BIAS, tree(1)), steps=1, jit=jax.jit)[0])
     sure, guess = aj.chain(tx, aj.cautious()), aj.chain(guarded(optax.sgd(0.1)), aj.cautious())
-    found, _ = run(sure, PARAMS, tree(1), steps=1)
+    found, _ = run(sure, PARAMS, tree(1), steps=1, jit=jax.jit)
     np.testing.assert_allclose(
         named(found)["encoder/layer_0/bias"],
         (PARAMS["encoder"]["layer_0"]["bias"] - 0.1 * tree(1)["encoder"]["layer_0"]["bias"]),
@@ -708,9 +716,8 @@ def test_shapes_and_scan(precision, request):
     if precision == "x64":
         request.getfixturevalue("x64")
     params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), float), PARAMS)
-    avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, jax.typeof(x).weak_type), tree)  # noqa: E731
     state = NAMED.init(params)
-    assert avals(jax.eval_shape(NAMED.init, params)) == avals(state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(NAMED.init, params)) == avals(state)
 
     def step(carry, _):
         params, state = carry
@@ -725,15 +732,23 @@ def test_shapes_and_scan(precision, request):
     assert bits(after["encoder"]["layer_0"]["bias"]) != bits(params["encoder"]["layer_0"]["bias"])
 
 
+further = jax.jit(NAMED.update)
+
+
+@functools.cache
+def named_run():
+    return run(NAMED, PARAMS, tree(1), jit=jax.jit)
+
+
 def test_hyperparameters_by_group():
-    rates = aj.hyperparameters(run(NAMED, PARAMS, tree(1))[1])
+    rates = aj.hyperparameters(named_run()[1])
     assert rates[f".inner_states['{BIAS}'][4].learning_rate"] == jnp.float32(0.2)
     assert rates[".inner_states['default'][4].learning_rate"] == jnp.float32(0.1)
     assert not any("head" in name for name in rates)
 
 
 def test_reset_of_a_group():
-    _, state = run(NAMED, PARAMS, tree(1))
+    _, state = named_run()
     fresh = aj.reset(state, match=re.escape(f"['{BIAS}']"))
     same(fresh.inner_states["default"], state.inner_states["default"])
     same(fresh.inner_states[BIAS][0].mu, NAMED.init(PARAMS).inner_states[BIAS][0].mu)
@@ -757,7 +772,7 @@ def test_shardings_of_groups():
 
 @pytest.mark.parametrize("way", ["orbax", "flax", "pickle"])
 def test_saved_and_restored(way, tmp_path):
-    params, state = run(NAMED, PARAMS, tree(1))
+    params, state = named_run()
     fresh = NAMED.init(PARAMS)
     if way == "orbax":
         with ocp.StandardCheckpointer() as saver:
@@ -769,7 +784,7 @@ def test_saved_and_restored(way, tmp_path):
     else:
         found = pickle.loads(pickle.dumps(state))
     same(found, state)
-    same(NAMED.update(tree(2), found, params), NAMED.update(tree(2), state, params))
+    same(further(tree(2), found, params), further(tree(2), state, params))
 
 
 # Conversion
@@ -778,7 +793,7 @@ def test_saved_and_restored(way, tmp_path):
 def test_freezing_and_thawing_in_mid_run():
     """What stays in its group goes on to the bit; a group that thaws starts afresh, one that is frozen forgets."""
     thawed = by_path({BIAS: {"learning_rate": 0.2}, "head/.*": {"b1": 0.5}}, aj.adamw(0.1, storage="bfloat16"))
-    _, state = run(NAMED, PARAMS, tree(1))
+    _, state = named_run()
     found = aj.convert_state(state, NAMED, thawed, PARAMS)
     same(found.state.inner_states[BIAS][0].mu, state.inner_states[BIAS][0].mu)
     assert found.state.inner_states["head/.*"][0].count == found.state.inner_states["default"][0].count == 3

@@ -1,5 +1,6 @@
 """Presets take the steps of the framework they are named for: PyTorch and Keras themselves, TensorFlow's written equations."""
 
+import functools
 import inspect
 import pickle
 
@@ -32,17 +33,26 @@ def leaves(array):
     return [array[..., :2, :], array[..., 2:, :]]
 
 
-def ours(tx, gradients, theta, dtype="float64"):
-    """The parameters after every step, from one jitted scan."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
+def all_of_ours(txs, gradients, theta, dtype="float64"):
+    """Of several transformations by name: the parameters after every step, from one program."""
     gradients, theta = (leaves(jnp.asarray(array, dtype)) for array in (gradients, theta))
-    return np.concatenate(jax.jit(lambda g: jax.lax.scan(step, (theta, tx.init(theta)), g)[1])(gradients), 1)
+
+    def run(tx, gradients):
+        def step(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (theta, tx.init(theta)), gradients)[1]
+
+    paths = jax.jit(lambda gradients: {name: run(tx, gradients) for name, tx in txs.items()})(gradients)
+    return {name: np.concatenate(path, 1) for name, path in paths.items()}
+
+
+def ours(tx, gradients, theta, dtype="float64"):
+    """The parameters after every step of one."""
+    return all_of_ours({"": tx}, gradients, theta, dtype)[""]
 
 
 def agree(found, expected, theta, rtol):
@@ -300,27 +310,34 @@ TENSORFLOW = {
 }
 
 
+@functools.cache
+def tensorflow_paths():
+    txs = {name: getattr(presets.tensorflow, name.split()[0])(rate, **options) for name, (_, options, _) in TENSORFLOW.items()}
+    return all_of_ours(txs, problem()[0], np.zeros(SHAPE))
+
+
 @pytest.mark.parametrize("name", TENSORFLOW)
 def test_tensorflow(name, x64):
-    transcription, options, same = TENSORFLOW[name]
+    transcription, _, same = TENSORFLOW[name]
     # Nothing here depends on the parameters. From 0 the way is not rounded to their last digit, which a long double does not.
     gradients, theta = problem()[0], np.zeros(SHAPE)
-    found = ours(getattr(presets.tensorflow, name.split()[0])(rate, **options), gradients, theta)
-    agree(found, list(transcription(gradients, theta.astype(L), **same)), theta, EXACT)
+    agree(tensorflow_paths()[name], list(transcription(gradients, theta.astype(L), **same)), theta, EXACT)
 
 
 def test_optax(x64):
     """The others are members of the family, which tests/test_trajectories.py compares with Optax."""
     assert all(getattr(presets.optax, name) is getattr(aj, name) for name in presets.optax.__all__ if name != "sgd")
     gradients, theta = problem()
+    options = ({}, {"momentum": 0.87}, {"momentum": 0.87, "nesterov": True})
+    txs = {
+        f"{which} {i}": sgd(rate, **its)
+        for i, its in enumerate(options)
+        for which, sgd in [("ours", presets.optax.sgd), ("theirs", optax.sgd)]
+    }
     with jax.numpy_dtype_promotion("standard"):
-        for options in ({}, {"momentum": 0.87}, {"momentum": 0.87, "nesterov": True}):
-            agree(
-                ours(presets.optax.sgd(rate, **options), gradients, theta),
-                ours(optax.sgd(rate, **options), gradients, theta),
-                theta,
-                EXACT,
-            )
+        paths = all_of_ours(txs, gradients, theta)
+    for i in range(len(options)):
+        agree(paths[f"ours {i}"], paths[f"theirs {i}"], theta, EXACT)
 
 
 def test_every_preset_has_an_oracle():
@@ -430,47 +447,69 @@ def test_prints_as_the_call():
     )
 
 
-@pytest.mark.parametrize(("which", "name"), PRESETS)
-def test_a_number_a_schedule_and_a_traced_scalar_are_one(which, name):
+def few_steps(which, name, learning_rate):
+    """The last updates and the state after 3 steps."""
     params = {"w": jnp.asarray(problem()[1], jnp.float32), "none": None, "count": jnp.arange(3)}
     grads = {"w": jnp.asarray(problem()[0][7], jnp.float32), "none": None, "count": np.zeros(3, jax.dtypes.float0)}
+    tx = build(which, name, learning_rate)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+    return updates["w"], state
 
-    def run(learning_rate):
-        tx = build(which, name, learning_rate)
-        state = tx.init(params)
-        for _ in range(3):
-            updates, state = tx.update(grads, state, params)
-        return updates["w"], state
 
-    number = run(0.03)
-    for other in (jax.jit(run)(jnp.float32(0.03)), run(lambda count: jnp.float32(0.03))):
+@functools.cache
+def traced_steps():
+    """Every preset with a traced learning rate, in one program."""
+    return jax.jit(lambda rate: {preset: few_steps(*preset, rate) for preset in PRESETS})(jnp.float32(0.03))
+
+
+@pytest.mark.parametrize(("which", "name"), PRESETS)
+def test_a_number_a_schedule_and_a_traced_scalar_are_one(which, name):
+    number = few_steps(which, name, 0.03)
+    for other in (traced_steps()[which, name], few_steps(which, name, lambda count: jnp.float32(0.03))):
         assert jax.tree.structure(number) == jax.tree.structure(other)
         np.testing.assert_allclose(number[0], other[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("preset", "options"),
-    [
-        (presets.torch.nadam, {"betas": (0.87, 0.983), "momentum_decay": 0.02}),
-        (presets.torch.radam, {"betas": (0.87, 0.983), "eps": 1e-5}),
-        (presets.keras.adam, {"beta_1": 0.87, "beta_2": 0.983, "epsilon": 1e-5, "global_clipnorm": 0.1}),
-        (presets.keras.nadam, {"beta_1": 0.87, "beta_2": 0.983, "weight_decay": 0.07, "clipvalue": 0.1}),
-        (presets.keras.rmsprop, {"rho": 0.9, "momentum": 0.6, "weight_decay": 0.07, "clipnorm": 0.1}),
-    ],
-)
-def test_other_arguments_may_be_schedules_or_traced(preset, options, x64):
+ARGUMENTS = {
+    "torch.nadam": (presets.torch.nadam, {"betas": (0.87, 0.983), "momentum_decay": 0.02}),
+    "torch.radam": (presets.torch.radam, {"betas": (0.87, 0.983), "eps": 1e-5}),
+    "keras.adam": (presets.keras.adam, {"beta_1": 0.87, "beta_2": 0.983, "epsilon": 1e-5, "global_clipnorm": 0.1}),
+    "keras.nadam": (presets.keras.nadam, {"beta_1": 0.87, "beta_2": 0.983, "weight_decay": 0.07, "clipvalue": 0.1}),
+    "keras.rmsprop": (presets.keras.rmsprop, {"rho": 0.9, "momentum": 0.6, "weight_decay": 0.07, "clipnorm": 0.1}),
+}
+
+
+@functools.cache
+def number_and_schedule_paths():
+    numbers = {f"{name} number": preset(0.03, **options) for name, (preset, options) in ARGUMENTS.items()}
+    scheduled = {
+        f"{name} schedule": preset(0.03, **jax.tree.map(lambda value: lambda count: jnp.asarray(value), options))
+        for name, (preset, options) in ARGUMENTS.items()
+    }
+    return all_of_ours(numbers | scheduled, *problem())
+
+
+@functools.cache
+def traced_first_steps():
     gradients, theta = problem()
-    expected = ours(preset(0.03, **options), gradients, theta)
-    scheduled = jax.tree.map(lambda value: lambda count: jnp.asarray(value), options)
-    agree(ours(preset(0.03, **scheduled), gradients, theta), expected, theta, EXACT)
     parts = leaves(jnp.asarray(theta))
 
-    @jax.jit
-    def first(options):
+    def first(preset, options):
         tx = preset(0.03, **options)
         return tx.update(leaves(jnp.asarray(gradients[0])), tx.init(parts), parts)[0]
 
-    found = np.concatenate(first(jax.tree.map(jnp.float32, options))) + theta
+    options = {name: jax.tree.map(jnp.float32, its) for name, (_, its) in ARGUMENTS.items()}
+    return jax.jit(lambda options: {name: first(ARGUMENTS[name][0], its) for name, its in options.items()})(options)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_other_arguments_may_be_schedules_or_traced(name, x64):
+    theta = problem()[1]
+    expected = number_and_schedule_paths()[f"{name} number"]
+    agree(number_and_schedule_paths()[f"{name} schedule"], expected, theta, EXACT)
+    found = np.concatenate(traced_first_steps()[name]) + theta
     agree(found[None], expected[:1], theta, 1e-6)
 
 
