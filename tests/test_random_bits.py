@@ -254,7 +254,7 @@ def outward(groups, sizes, columns, steps, rate, dtype=jnp.bfloat16):
     In learning rates. Half of the parameters are positive and half negative, under the same gradients, so that what a
     gradient does to one it undoes in the other; what is left is what rounding does.
     """
-    start = jnp.asarray([[size, -size] for size in sizes], dtype)[..., None] * jnp.ones((columns,), dtype)
+    start = jnp.asarray([[size, -size] for size in sizes], dtype)[..., None] * jnp.ones((1, 1, columns), dtype)
     params = dict.fromkeys(groups, start)
     tx = aj.by_path(groups, default="frozen")
 
