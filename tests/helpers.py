@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+UNFUSED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiled so, a product and a sum are rounded one after the other, as they are unjitted. It compiles faster, too."""
+
 
 def normals(*shape, seed=0, scale=1.0, dtype=jnp.float32):
     """Normal random numbers, drawn in float64."""
