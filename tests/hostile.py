@@ -188,10 +188,10 @@ def trees(leaf, most):
 
 
 @st.composite
-def cases(draw, shapes=SHAPES, most=3, links=tuple(LINKS)):
-    """Cases with at most that many leaves, and some of those links."""
+def cases(draw, shapes=SHAPES, most=3, links=tuple(LINKS), members=tuple(aj.family.__all__)):
+    """Cases with at most that many leaves, some of those links, and one of those members."""
     x64 = draw(st.booleans())
-    member = draw(st.sampled_from(aj.family.__all__))
+    member = draw(st.sampled_from(members))
     names, options = MEMBERS[member]
     chosen = {name: draw(choice) for name, choice in options.items()}
     numbers = {name: draw(NUMBERS[name]) for name in names}
