@@ -1,5 +1,6 @@
 """What several test files need: drawn trees, comparisons to the last bit, expected errors."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,18 @@ import numpy as np
 import pytest
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays the same."""
+"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays the same; a product and a sum are
+rounded one after the other, as they are unjitted."""
+
+
+@functools.cache
+def has_float16():
+    """Whether XLA can compile float16 for this processor. For one without F16C it cannot: symbols are missing."""
+    try:
+        jax.jit(lambda x: x.astype(jnp.float32).astype(jnp.float16))(jnp.ones(9, jnp.float16))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def normals(*shape, seed=0, scale=1.0, dtype=jnp.float32):

@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import QUICKLY, bits, refused
+from helpers import QUICKLY, bits, has_float16, refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,7 +41,7 @@ def some(shape, dtype=jnp.float32, scale=1.0):
 PARAMS = {
     "w": some((24, 20)),
     "b": some((40,), jnp.bfloat16, 30 * 10.0 ** np.linspace(-4, 0, 40)),  # the smallest move, the largest do not
-    "h": some((40,), jnp.float16, 30.0),
+    "h": some((40,), jnp.float16 if has_float16() else jnp.bfloat16, 30.0),
     "z": some((40,), jnp.complex64),
     "s": some(()),
     "empty": jnp.zeros((0, 3)),

@@ -1,6 +1,7 @@
 """A step that is skipped changes nothing, is counted, and costs no memory; a poisoned run ends where a clean one does."""
 
 import functools
+import itertools
 import pickle
 
 import jax
@@ -9,27 +10,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import bits, normals, same
 from jax.experimental import checkify
 from sklearn.datasets import load_digits
 
 import adam_jax as aj
 
-MEMBERS = {name: getattr(aj, name) for name in aj.family.__all__}
 STORAGES = ["float32", "bfloat16", "8bit"]
 GUARDS = {"nonfinite": aj.skip_nonfinite, "spikes": functools.partial(aj.skip_spikes, window=8, warmup=4)}
-draw = np.random.default_rng(0)
-
-
-def bits(tree):
-    """Every array by its path, as bytes: −0 is not 0, and NaN is itself."""
-    return {
-        jax.tree_util.keystr(path): (leaf.dtype, np.asarray(leaf).tobytes())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+seeds = itertools.count()
 
 
 def some(shape, dtype=jnp.float32):
-    return jnp.asarray(draw.standard_normal(shape), dtype)
+    return normals(*shape, seed=next(seeds), dtype=dtype)
 
 
 PARAMS = {"w": some((64, 80)), "b": some((7,), jnp.bfloat16).at[0].set(-0.0), "s": some(()), "n": jnp.arange(3), "none": None}
@@ -49,43 +42,51 @@ def poisoned(gradients, leaf="w", value=np.nan):
     return gradients | {leaf: sick.at[(-1,) * sick.ndim].set(value)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def step(tx, params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(params, updates), state
+
+
 def run(tx, params, course):
-    """Parameters and state after a course of gradients, each step jitted as a user would."""
-
-    @jax.jit
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            return optax.apply_updates(params, updates), state
-
+    """Parameters and state after a course of gradients, each step jitted as a user would; compiled once for equal `tx`."""
     state = tx.init(params)
     for gradients in course:
-        params, state = step(params, state, gradients)
+        params, state = step(tx, params, state, gradients)
     return params, state
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_poisoned_step_is_as_if_it_had_not_been(storage, guard, member):
+# Each pair of a storage and a guard meets two or three members.
+POINTS = [
+    (name, storage, guard)
+    for name, (storage, guard) in zip(aj.family.__all__, itertools.cycle(itertools.product(STORAGES, GUARDS)), strict=False)
+]
+
+
+@pytest.mark.parametrize(("name", "storage", "guard"), POINTS)
+def test_a_poisoned_step_is_as_if_it_had_not_been(name, storage, guard):
     """Counts, random bits and all, of every member, with bf16 parameters rounded stochastically behind it."""
-    tx = GUARDS[guard](aj.chain(member(1e-2, storage=storage), aj.round_stochastically()))
+    tx = GUARDS[guard](aj.chain(getattr(aj, name)(1e-2, storage=storage), aj.round_stochastically()))
     good = [gradients() for _ in range(3)]
     params, state = run(tx, PARAMS, good)
     after, skipped = run(tx, PARAMS, [good[0], poisoned(good[0]), good[1], poisoned(good[1], "b", -np.inf), good[2]])
-    assert bits(after) == bits(params)
-    assert bits(skipped.inner_state) == bits(state.inner_state)
+    same(after, params)
+    same(skipped.inner_state, state.inner_state)
     assert (state.skipped, skipped.skipped, skipped.consecutive, skipped.too_many) == (0, 2, 0, False)
     assert bits(params) != bits(PARAMS)
+
+
+MORE = {"c": some((5,), jnp.complex64), "h": some((4,), jnp.float16)}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("leaf", ["w", "b", "s", "c", "h"])
 def test_any_element_of_any_leaf_is_poison(leaf, value):
-    params = PARAMS | {"c": some((5,), jnp.complex64), "h": some((4,), jnp.float16)}
-    good = gradients() | {"c": some((5,), jnp.complex64), "h": some((4,), jnp.float16)}
+    params, good = PARAMS | MORE, gradients() | MORE
     sick = poisoned(good, leaf, complex(0, value) if leaf == "c" else value)
     after, state = run(aj.skip_nonfinite(aj.adam(0.1)), params, [sick])
-    assert bits(after) == bits(params)
+    same(after, params)
     assert state.skipped == 1
     assert run(aj.skip_nonfinite(aj.adam(0.1)), params, [good])[1].skipped == 0
 
@@ -93,7 +94,7 @@ def test_any_element_of_any_leaf_is_poison(leaf, value):
 def test_a_parameter_of_minus_zero_keeps_its_sign():
     params = {"x": jnp.array([-0.0, 0.0, 1.0])}
     after, _ = run(aj.skip_nonfinite(aj.adam(0.1)), params, [{"x": jnp.array([jnp.nan, 1.0, 1.0])}])
-    assert bits(after) == bits(params)
+    same(after, params)
 
 
 def test_large_and_absent_numbers_are_not_poison():
@@ -168,25 +169,33 @@ def test_counters_saturate():
     assert (after.skipped, after.consecutive) == (top, top)
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("storage", STORAGES)
-def test_no_second_copy_of_the_state(guard, storage):
-    """Temporary bytes of the compiled, donated step, against those of the step that is not guarded and two leaves' gradients."""
-    summed = jax.jit(lambda x: jnp.sum(2 * x)).lower(jnp.ones((64, 1024))).compile()
+LEAVES, SHAPE = 8, (64, 1024)
+
+
+@functools.cache
+def temporary(tx):
+    """Temporary bytes of the compiled, donated step, for each parameter."""
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = [jax.ShapeDtypeStruct(SHAPE, jnp.float32)] * LEAVES
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / (LEAVES * np.prod(SHAPE))
+
+
+@pytest.mark.parametrize(("storage", "guard"), [*((storage, "nonfinite") for storage in STORAGES), ("float32", "spikes")])
+def test_no_second_copy_of_the_state(storage, guard):
+    """No more than the step that is not guarded and two leaves' gradients, which are one byte for each parameter.
+
+    The state has eight bytes or two for each.
+    """
+    summed = jax.jit(lambda x: jnp.sum(2 * x)).lower(jnp.ones(SHAPE)).compile()
     if summed.memory_analysis().temp_size_in_bytes > 4 * 64 * 1024 - 1:
         pytest.skip("this version of XLA makes an array of all that it sums on a CPU")
-    params = [jax.ShapeDtypeStruct((64, 1024), jnp.float32)] * 16
-
-    def temporary(tx):
-        def step(params, state, gradients):
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
-        return compiled.memory_analysis().temp_size_in_bytes / (16 * 64 * 1024)
-
     adam = aj.adam(1e-3, storage=storage)
-    assert temporary(GUARDS[guard](adam)) <= temporary(adam) + 2 * 4 / 16 + 0.01
+    assert temporary(GUARDS[guard](adam)) <= temporary(adam) + 2 * 4 / LEAVES + 0.01
 
 
 def test_guards_are_values():
@@ -252,18 +261,22 @@ def test_spikes_refused(arguments, message):
 # Spikes
 
 
-def judged(norms, **arguments):
-    """Which of a course of gradient norms are skipped."""
-    tx = aj.skip_spikes(optax.identity(), **arguments)
-
+@functools.partial(jax.jit, static_argnums=0)
+def course(tx, norms):
     def step(state, norm):
         # Two leaves of which no element has the norm, so that it has to be put together from all.
         updates, state = tx.update({"a": jnp.full((4,), 0.6 * norm / 2), "b": jnp.full((1,), 0.8 * norm)}, state)
         return state, updates["b"][0] == 0
 
-    state, skipped = jax.lax.scan(step, tx.init({"a": jnp.zeros(4), "b": jnp.zeros(1)}), jnp.asarray(norms, jnp.float32))
+    return jax.lax.scan(step, tx.init({"a": jnp.zeros(4), "b": jnp.zeros(1)}), norms)
+
+
+def judged(norms, **arguments):
+    """Which of a course of gradient norms are skipped; one program for courses of up to 600 norms."""
+    tx = aj.skip_spikes(optax.identity(), **arguments)
+    state, skipped = course(tx, np.pad(np.asarray(norms, np.float32), (0, 600 - len(norms)), constant_values=1.0))
     assert int(state.skipped) == skipped.sum()
-    return np.asarray(skipped)
+    return np.asarray(skipped)[: len(norms)]
 
 
 def far(norms, deviations, least_ratio, window, warmup):
@@ -306,90 +319,87 @@ def test_smaller_norms_are_never_far_and_a_new_level_is_taken_after_half_a_windo
 
 def test_a_ring_that_was_filled_many_times_stays_a_ring():
     tx = aj.skip_spikes(optax.identity(), window=4, warmup=2)
-    state = tx.init(jnp.zeros(1))
-    for k in range(23):
-        _, state = tx.update(jnp.ones(1) * (1 + k / 100), state)
+    norms = 1 + jnp.arange(23.0)[:, None] / 100
+    state = jax.lax.scan(lambda state, norm: (tx.update(norm, state)[1], None), tx.init(jnp.zeros(1)), norms)[0]
     np.testing.assert_allclose(np.sort(state.norms), [1.19, 1.2, 1.21, 1.22], rtol=1e-6)
     assert 4 <= state.seen < 8
 
 
 # A real training run, of which one step in a hundred is poison
 
-STEPS, BATCH, SEEDS = 2000, 32, 5
+STEPS, BATCH, SEEDS = 1000, 32, 5
+
+POISON = {
+    "nothing": lambda row, tree: tree,
+    "NaN": lambda row, tree: tree | {"w1": tree["w1"].at[row, 3].set(jnp.nan)},
+    "infinity": lambda row, tree: jax.tree.map(lambda x: x / 0.0, tree),
+    "spike": lambda row, tree: jax.tree.map(lambda x: x * 1e4, tree),
+}
+RUNS = {
+    "plain": (optax.adam(2e-3), ["nothing", "NaN", "infinity"]),
+    "skip_nonfinite": (aj.skip_nonfinite(aj.adam(2e-3)), ["NaN", "infinity"]),
+    "skip_spikes": (aj.skip_spikes(aj.adam(2e-3)), ["NaN", "spike"]),
+}
 
 
-@pytest.fixture(scope="module")
-def digits():
+@functools.cache
+def losses(optimizer):
+    """By poison the training losses of a small network and the skipped steps, by seed; and the poisoned steps, by seed."""
+    (tx, poisons), random = RUNS[optimizer], np.random.default_rng(0)
     images, labels = load_digits(return_X_y=True)
-    return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
-
-
-def losses(tx, digits, poison):
-    """The training loss of a small network, by seed; `poison(key, gradients)` is what one step in a hundred gets."""
-    images, labels = digits
+    images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
+    start = {"w1": random.normal(size=(SEEDS, 64, 32)) / 8, "w2": random.normal(size=(SEEDS, 32, 10)) / 6}
+    start |= {"b1": np.zeros((SEEDS, 32)), "b2": np.zeros((SEEDS, 10))}
+    batches = random.integers(0, len(images), (SEEDS, STEPS, BATCH))
+    sick = random.random((SEEDS, STEPS)) < 0.01  # one step in a hundred
+    sick[:, :32] = False  # before so many norms no spike is told from a norm
+    rows = random.integers(0, 64, (SEEDS, STEPS))
 
     def loss(params, x, y):
         hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
         return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["w2"] + params["b2"], y).mean()
 
-    @jax.jit
-    @jax.vmap
-    def train(seed):
-        keys = jax.random.split(jax.random.key(seed), 3)
-        params = {
-            "w1": jax.random.normal(keys[0], (64, 32)) / 8,
-            "b1": jnp.zeros(32),
-            "w2": jax.random.normal(keys[1], (32, 10)) / 6,
-            "b2": jnp.zeros(10),
-        }
-
-        def step(carry, key):
+    def train(kind, params, *course):
+        def step(carry, each):
             params, state = carry
-            chosen = jax.random.choice(key, len(images), (BATCH,))
+            chosen, sick, row = each
             gradients = jax.grad(loss)(params, images[chosen], labels[chosen])
-            sick = jax.random.uniform(jax.random.fold_in(key, 1)) < 0.01
-            gradients = jax.tree.map(lambda bad, good: jnp.where(sick, bad, good), poison(key, gradients), gradients)
+            poison = jax.lax.switch(kind, POISON.values(), row, gradients)
+            gradients = jax.tree.map(lambda bad, good: jnp.where(sick, bad, good), poison, gradients)
             updates, state = tx.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), sick
+            return (optax.apply_updates(params, updates), state), None
 
-        (params, state), sick = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(keys[2], STEPS))
-        return loss(params, images, labels), sick.sum(), state
+        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), course)
+        return loss(params, images, labels), state
 
-    return train(jnp.arange(SEEDS))
-
-
-POISON = {
-    "NaN": lambda key, tree: tree | {"w1": tree["w1"].at[jax.random.randint(key, (), 0, 64), 3].set(jnp.nan)},
-    "infinity": lambda key, tree: jax.tree.map(lambda x: x / 0.0, tree),
-    "spike": lambda key, tree: jax.tree.map(lambda x: x * 1e4, tree),
-}
-
-
-@pytest.fixture(scope="module")
-def clean(digits):
-    return losses(aj.adam(2e-3), digits, lambda key, tree: tree)[0]
+    kinds = np.array([list(POISON).index(kind) for kind in poisons], np.int32)
+    each = jax.jit(jax.vmap(jax.vmap(train, (None, 0, 0, 0, 0)), (0, None, None, None, None)))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found, state = each(kinds, jax.tree.map(jnp.float32, start), batches.astype(np.int32), sick, rows.astype(np.int32))
+    parts = jax.tree.map(lambda x: dict(zip(poisons, np.asarray(x), strict=True)), (found, getattr(state, "skipped", found)))
+    return *parts, sick.sum(1)
 
 
 @pytest.mark.parametrize(
     ("guard", "poison"),
-    [(aj.skip_nonfinite, "NaN"), (aj.skip_nonfinite, "infinity"), (aj.skip_spikes, "NaN"), (aj.skip_spikes, "spike")],
+    [("skip_nonfinite", "NaN"), ("skip_nonfinite", "infinity"), ("skip_spikes", "NaN"), ("skip_spikes", "spike")],
 )
-def test_a_poisoned_run_ends_where_a_clean_one_does(guard, poison, digits, clean):
+def test_a_poisoned_run_ends_where_a_clean_one_does(guard, poison):
     """Within the noise of the seeds: the means differ by less than the standard deviation."""
-    found, sick, state = losses(guard(aj.adam(2e-3)), digits, POISON[poison])
-    assert abs(found.mean() - clean.mean()) <= clean.std(ddof=1)
+    clean = losses("plain")[0]["nothing"]
+    found, skipped, sick = losses(guard)
+    assert abs(found[poison].mean() - clean.mean()) <= clean.std(ddof=1)
     assert (sick > 5).all()
-    if guard is aj.skip_nonfinite:
-        np.testing.assert_array_equal(state.skipped, sick)
+    if guard == "skip_nonfinite":
+        np.testing.assert_array_equal(skipped[poison], sick)
     # A real run has norms of its own that are far, of all steps less than one in a hundred.
-    np.testing.assert_array_less(sick - 2, state.skipped)
-    np.testing.assert_array_less(state.skipped, sick + STEPS // 100)
+    np.testing.assert_array_less(sick - 2, skipped[poison])
+    np.testing.assert_array_less(skipped[poison], sick + STEPS // 100)
 
 
 @pytest.mark.parametrize("poison", ["NaN", "infinity"])
-@pytest.mark.usefixtures("standard_promotion")
-def test_the_same_poison_is_the_end_of_plain_adam(poison, digits):
-    assert np.isnan(losses(optax.adam(2e-3), digits, POISON[poison])[0]).all()
+def test_the_same_poison_is_the_end_of_plain_adam(poison):
+    assert np.isnan(losses("plain")[0][poison]).all()
 
 
 # What attacks have found
@@ -426,7 +436,7 @@ def test_the_guard_goes_around_what_accumulates():
     good, sick = {"x": jnp.ones(3)}, {"x": jnp.full(3, jnp.nan)}
     params, _ = run(tx, {"x": jnp.ones(3)}, [good, sick, good, sick, good, good])
     expected, _ = run(tx, {"x": jnp.ones(3)}, [good] * 4)
-    assert bits(params) == bits(expected)
+    same(params, expected)
     with pytest.raises(TypeError, match=r"gradient_transformation\(\)"):
         aj.skip_nonfinite(optax.MultiSteps(aj.adam(0.1), 2))
 
@@ -434,10 +444,11 @@ def test_the_guard_goes_around_what_accumulates():
 def test_progress_of_mapped_states_of_flax_and_of_none():
     tx = aj.skip_nonfinite(aj.adam(0.1), max_consecutive=2)
     params = jnp.ones((3, 2))
-    state = jax.vmap(tx.init)(params)
+    state = jax.jit(jax.vmap(tx.init))(params)
     aj.expect_progress(state)
+    update = jax.jit(jax.vmap(tx.update))
     for _ in range(2):
-        _, state = jax.vmap(tx.update)(params.at[1].set(jnp.nan), state)
+        _, state = update(params.at[1].set(jnp.nan), state)
     with pytest.raises(RuntimeError, match=r"\[0 2 0\] steps skipped in all"):
         aj.expect_progress(state)
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
