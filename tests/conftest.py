@@ -1,8 +1,11 @@
 """What every test shares: strict promotion, one compilation cache per run, and fixtures for other settings and a loop."""
 
+import ctypes
+import gc
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 
@@ -53,7 +56,11 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+LONGEST = {f"test_{name}": i for i, name in enumerate(("storage", "diagnostics", "demo", "guards", "fuzz", "fits", "sharding"))}
+
+
 def pytest_addoption(parser):
+    parser.addoption("--optimized", action="store_true", help="compile as users' programs are compiled")
     parser.addoption("--thin", type=int, default=1, metavar="N", help="of each test's parameters run one in N")
 
 
@@ -64,15 +71,24 @@ def pytest_collection_modifyitems(config, items):
         test = item.nodeid.partition("[")[0]
         (dropped if seen[test] % config.getoption("--thin") else kept).append(item)
         seen[test] += 1
-    items[:] = kept
+    # A worker takes one file after the other, so the long ones go first.
+    items[:] = sorted(kept, key=lambda item: LONGEST.get(item.path.stem, len(LONGEST)))
     config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget():
-    """Programs of one file serve no other: kept, they are gigabytes by the end."""
+def compiling(request):
+    """LLVM does less, since most programs run once; a file that computes for long says OPTIMIZED, `--optimized` says it for all.
+
+    Programs of one file serve no other. Kept, they are gigabytes by the end.
+    """
+    optimized = request.config.getoption("--optimized") or getattr(request.module, "OPTIMIZED", False)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(params=adam_jax.family.__all__)

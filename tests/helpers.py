@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays the same; a product and a sum are
-rounded one after the other, as they are unjitted."""
+"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays the same. A product and a sum
+are rounded one after the other, as they are unjitted."""
 
 
 @functools.cache

@@ -121,6 +121,7 @@ def test_digits_with_the_default_optimizers(demonstrate, quick):
     assert height >= 600
 
 
+@pytest.mark.slow
 def test_every_member_trains_and_is_drawn(demonstrate, write, quick):
     out, figure = demonstrate(
         "--data", write(), "--optimizers", ",".join(OPTIMIZERS), "--learning-rate", 0.01, "--steps", 2, output="all.svg"

@@ -11,6 +11,8 @@ import pytest
 
 import adam_jax as aj
 
+OPTIMIZED = True  # it computes for longer than it compiles
+
 SIZE = 1024
 TIMES = (1, 2, 10, 100, 1000, 10000)
 DECAYS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)

@@ -18,6 +18,8 @@ from helpers import QUICKLY
 
 import adam_jax as aj
 
+OPTIMIZED = True  # it computes for longer than it compiles
+
 LAST = 2**31 - 1
 PACKAGE = Path(aj.__file__).parent
 

@@ -9,7 +9,8 @@ import pytest
 from benchmarks.pathologies import PATHOLOGIES, ROUNDED, SHIFT, found, train
 
 # The network adds vectors to matrices, and Optax before 0.2.6 a float32 to a bfloat16.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+OPTIMIZED = True  # runs of thousands of steps
 
 PAGE = (Path(__file__).parent.parent / "docs" / "diagnose.md").read_text()
 SHIFTED, EPS, HALF, DEAD = PATHOLOGIES

@@ -17,7 +17,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS])
 def test_block_runs(page, number, code):
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a user has them
         exec(compile(code, f"{page} block {number}", "exec"), {"__name__": "readme"})
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import QUICKLY
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -338,9 +339,11 @@ LAYOUTS = {
 def test_every_member_takes_the_same_steps_on_any_mesh(found, layout):
     """Fed the same gradients, parameters and state are those of one device, bit for bit.
 
-    Each member meets each layout, in another storage each time: all three storages over the five layouts.
+    Each member meets three of the five layouts, in another storage each time.
     """
-    assert found["same"][layout] == {name: [] for name in MEMBERS}
+    expected = {name: [] for i, name in enumerate(MEMBERS) if (i + list(LAYOUTS).index(layout)) % len(LAYOUTS) < len(STORAGES)}
+    assert found["same"][layout] == expected
+    assert len(expected) >= len(MEMBERS) // 2
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -440,7 +443,7 @@ def same_steps():
             return {k: apply(params[k], u) for k, (u, _) in made.items()}, {k: s for k, (_, s) in made.items()}
 
         placed = None if states is None else (jax.tree.map(lambda x: x.sharding, params), states)
-        advance = jax.jit(step, out_shardings=placed)
+        advance = jax.jit(step, out_shardings=placed, compiler_options=QUICKLY)
         for gradients in course:
             params, state = advance(params, state, place({name: gradients[name] for name in txs}))
         return {name: raw((params[name], state[name])) for name in txs}
@@ -449,12 +452,13 @@ def same_steps():
     alone = {storage: run(txs, lambda tree: jax.tree.map(jnp.asarray, tree), None) for storage, txs in made.items()}
     found = {}
     for turn, (layout, ((first, count, second), zero)) in enumerate(LAYOUTS.items()):
-        storage_of = {name: STORAGES[(i + turn) % len(STORAGES)] for i, name in enumerate(MEMBERS)}
+        turns = {name: (i + turn) % len(LAYOUTS) for i, name in enumerate(MEMBERS)}
+        storage_of = {name: STORAGES[its] for name, its in turns.items() if its < len(STORAGES)}
         txs = {name: made[storage][name] for name, storage in storage_of.items()}
         names = (first, second) if second else (first,)
         mesh = mesh_on((count, 2) if second else (count,), names)
         model = "model" if "model" in names else None
-        shardings = {name: {"w": NamedSharding(mesh, P(None, model)), "b": NamedSharding(mesh, P())} for name in MEMBERS}
+        shardings = {name: {"w": NamedSharding(mesh, P(None, model)), "b": NamedSharding(mesh, P())} for name in txs}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             states = {name: aj.state_shardings(tx, start[name], shardings[name], zero=zero) for name, tx in txs.items()}

@@ -20,6 +20,8 @@ from adam_jax import storage
 from adam_jax._codec import HALF, UNKNOWN, Codec, to_float, unpack
 from adam_jax._noise import random_bits
 
+OPTIMIZED = True  # it computes for longer than it compiles
+
 DRAWS = 100_000
 WIDE = 4096
 FLOATS = [
