@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import papers
 import pytest
+from helpers import QUICKLY
 
 import adam_jax as aj
 
@@ -36,7 +37,7 @@ def updates_at(optimizers, grads, times):
         first = tx.init(jnp.zeros(grads.shape[1:])), jnp.zeros((len(times), *grads.shape[1:]))
         return jax.lax.scan(step, first, (jnp.asarray(grads), rows))[0][1]
 
-    return jax.device_get(jax.jit(lambda: {name: run(tx) for name, tx in optimizers.items()})())
+    return jax.device_get(jax.jit(lambda: {name: run(tx) for name, tx in optimizers.items()}, compiler_options=QUICKLY)())
 
 
 @functools.cache
