@@ -597,7 +597,7 @@ def test_in_flax():
     with jax.disable_jit():
         optimizer.update(model, grads)
     found = {name: float(jnp.asarray(x[...])) for name, x in aj.observations(optimizer.opt_state).items()}
-    arrays = {"kernel": np.full((4, 3), 2.0), "bias": np.full(3, 2.0)}
+    arrays = {"kernel": np.full((4, 3), 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}
     np.testing.assert_allclose(found["bias/gradient_norm"], np.linalg.norm(arrays["bias"]))
     np.testing.assert_allclose(found["all/gradient_norm"], np.sqrt(15 * 4))
     np.testing.assert_allclose(found["bias/learning_rate_median"], 0.1 / 2)

@@ -4,6 +4,7 @@ The oracle is Optax going on by itself. Steps are compared to what float32 allow
 """
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,16 @@ MEMBERS = {
     # The groups of ours need not be those of Optax: the moments are by leaf.
     "finer groups": (optax.adam, lambda rate: aj.by_path({"b": {"b2": 0.999}}, aj.adam(rate))),
 }
-MEMBERS = {name: pair for name, pair in MEMBERS.items() if pair[0] is not None}
+
+
+def is_known(theirs):
+    """Whether this version of Optax has the optimizer, with these arguments."""
+    if not isinstance(theirs, functools.partial) or theirs.func is decayed:
+        return theirs is not None
+    return theirs.keywords.keys() <= inspect.signature(theirs.func).parameters.keys()
+
+
+MEMBERS = {name: pair for name, pair in MEMBERS.items() if is_known(pair[0])}
 
 
 def make(name, side):
