@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import QUICKLY
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -458,7 +457,7 @@ def same_steps(members):
             return {k: apply(params[k], u) for k, (u, _) in made.items()}, {k: s for k, (_, s) in made.items()}
 
         placed = None if states is None else (jax.tree.map(lambda x: x.sharding, params), states)
-        advance = jax.jit(step, out_shardings=placed, compiler_options=QUICKLY)
+        advance = jax.jit(step, out_shardings=placed)
         for gradients in course:
             params, state = advance(params, state, place({name: gradients[name] for name in txs}))
         return {name: raw((params[name], state[name])) for name in txs}
