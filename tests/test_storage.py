@@ -19,6 +19,8 @@ import adam_jax as aj
 from adam_jax import storage
 from adam_jax._codec import HALF, UNKNOWN, Codec, to_float, unpack
 from adam_jax._noise import random_bits
+from benchmarks import outliers
+from benchmarks._training import small_digits
 
 OPTIMIZED = True  # it computes for longer than it compiles
 
@@ -420,6 +422,18 @@ def test_the_scales_say_how_the_codes_are_read_and_how_the_next_are_written():
     assert 36 <= rows[0] - rows[1] <= 44  # 10⁻¹² is 40 octaves
     assert 36 <= rows[3] - rows[0] <= 44
     assert written["v"].tolist() == [rows[1]]
+
+
+def test_a_row_with_huge_gradients_costs_the_others_nothing():
+    """Nor does a column, where columns have the scales. One scale for the leaf would leave the others no digits."""
+    inputs, outputs = map(jnp.asarray, outliers.pixels(small_digits().train.inputs))
+    for along, axis in ((0, -1), (1, -2)):
+        run = outliers.trainer(inputs, outputs, 300, along)
+        exact, one_scale, found = (
+            float(run(form, 1e5)[1:].mean()) for form in ("float32", storage.Codes(axis=None), storage.Codes(axis=axis))
+        )
+        assert one_scale > 1.1 * exact
+        assert found < 1.02 * exact
 
 
 # Long runs
