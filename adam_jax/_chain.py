@@ -80,11 +80,12 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         if not context.inside:
             gradient = updates if context.gradient is None else context.gradient
             inner = context._replace(gradient=gradient, applied=False, inside=True)
+        around = Counter(context.earlier)
         new_state = []
         for i, (part, before) in enumerate(zip(parts, state, strict=True)):
             if inner.probe is not None:
                 inner.probe.follow(part, updates, before, params, inner)
-            inner = inner._replace(earlier=earlier[i] + Counter(context.earlier))
+            inner = inner._replace(earlier=earlier[i] + around)
             updates, after = take_step(part, updates, before, params, inner)
             if isinstance(part, Transformation):
                 if part.flow.rate == "applies":

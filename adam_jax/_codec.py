@@ -104,6 +104,12 @@ def unpack(scale: Any) -> tuple[Any, Any]:
     return wide >> np.int32(8), (wide << np.int32(24)) >> np.int32(24)
 
 
+def largest_along(size: Array, scale: Array) -> Array:
+    """The largest of the numbers, ≥ 0, that share a scale: along the axes on which `scale` has 1."""
+    shared = tuple(axis for axis, length in enumerate(scale.shape) if length == 1)
+    return jnp.max(size, axis=shared, keepdims=True, initial=0)
+
+
 _COARSER = 3
 """Coarse octaves have an eighth of the codes of fine ones."""
 
@@ -193,8 +199,7 @@ class Codec:
         From the codes and not from the moments: a CPU would compute those once more.
         """
         exponent, coarse = self._layout(unit)
-        shared = tuple(axis for axis, size in enumerate(unit.shape) if size == 1)
-        largest = jnp.max(lax.abs(code.astype(np.float32)), axis=shared, keepdims=True, initial=0)
+        largest = largest_along(lax.abs(code.astype(np.float32)), unit)
         largest = agreed(largest, lax.pmax, like=unit).astype(np.int32)
         octave = exponent + (self._even(largest, coarse) >> self.fraction)
         return jnp.where(largest == 0, UNKNOWN, self._clear(octave))

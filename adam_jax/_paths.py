@@ -122,6 +122,8 @@ def owner(path: Any, shape: Shape, parameters: Parameters) -> Any:
 
 def is_scale(path: Any) -> bool:
     """Whether an array of a state is the scale of a leaf's codes."""
-    *_, field, moment, name = (None, None, *path) if len(path) else (None, None, None)
+    if len(path) < 3:
+        return False
+    field, moment, name = path[-3:]
     named = isinstance(field, GetAttrKey) and isinstance(moment, DictKey) and isinstance(name, DictKey)
     return named and field.name == "scales" and str(moment.key).endswith("_scale")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adam_jax._codec import HALF, Codec, pack, to_float, unpack
+from adam_jax._codec import HALF, Codec, largest_along, pack, to_float, unpack
 from adam_jax._hyperparams import expect_integer, expect_one_of
 from adam_jax._noise import as_seed, random_bits, rotate, stream_keys
 from adam_jax._paths import names
@@ -350,8 +350,7 @@ def narrow_to_nearest(x: Array, like: Resting, signed: bool) -> Resting:
     """
     if like.scale is not None:
         codec, x = _codec_of(like.array), x.astype(jnp.float32)
-        shared = tuple(axis for axis, size in enumerate(like.scale.shape) if size == 1)
-        unit = codec.exponent(jnp.max(jnp.where(jnp.isnan(x), 0, jnp.abs(x)), axis=shared, keepdims=True, initial=0))
+        unit = codec.exponent(largest_along(jnp.where(jnp.isnan(x), 0, jnp.abs(x)), like.scale))
         return Resting(codec.narrow(x, unit, HALF), pack(unit, unit))
     if narrower_than_float32(like.array):
         return Resting(to_float(x, like.array.dtype, HALF, positive=not signed))
