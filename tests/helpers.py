@@ -1,4 +1,4 @@
-"""What several test files need: drawn trees, comparisons to the last bit, expected errors."""
+"""Helpers of several test files: drawn trees, runs, comparisons to the last bit, expected errors."""
 
 import functools
 import re
@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -33,6 +34,21 @@ def draw_tree(seed, shapes, scale=1.0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
     return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape) * scale, dtype), shapes, is_leaf=is_shape)
+
+
+def paths_of(txs, gradients, start):
+    """Of several transformations by name: the parameters after every step along `gradients`, from one program."""
+
+    def run(tx, gradients):
+        def step(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (start, tx.init(start)), gradients)[1]
+
+    return jax.jit(lambda gradients: {name: run(tx, gradients) for name, tx in txs.items()})(gradients)
 
 
 def avals(tree):

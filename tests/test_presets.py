@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import paths_of
 from papers import L, dec
 
 import adam_jax as aj
@@ -36,18 +37,7 @@ def leaves(array):
 def all_of_ours(txs, gradients, theta, dtype="float64"):
     """Of several transformations by name: the parameters after every step, from one program."""
     gradients, theta = (leaves(jnp.asarray(array, dtype)) for array in (gradients, theta))
-
-    def run(tx, gradients):
-        def step(carry, g):
-            params, state = carry
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
-
-        return jax.lax.scan(step, (theta, tx.init(theta)), gradients)[1]
-
-    paths = jax.jit(lambda gradients: {name: run(tx, gradients) for name, tx in txs.items()})(gradients)
-    return {name: np.concatenate(path, 1) for name, path in paths.items()}
+    return {name: np.concatenate(path, 1) for name, path in paths_of(txs, gradients, theta).items()}
 
 
 def ours(tx, gradients, theta, dtype="float64"):

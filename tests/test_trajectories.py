@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import papers
 import pytest
+from helpers import paths_of
 from optax import contrib
 from packaging.version import Version
 
@@ -31,18 +32,7 @@ def problem(seed=0):
 
 def all_of_ours(txs, gradients, theta):
     """Of several transformations by name: the parameters after every step, from one program in float64."""
-    theta = jnp.asarray(theta)
-
-    def run(tx, gradients):
-        def step(carry, g):
-            params, state = carry
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
-
-        return jax.lax.scan(step, (theta, tx.init(theta)), gradients)[1]
-
-    return jax.jit(lambda gradients: {name: run(tx, gradients) for name, tx in txs.items()})(jnp.asarray(gradients))
+    return paths_of(txs, jnp.asarray(gradients), jnp.asarray(theta))
 
 
 def ours(tx, gradients, theta):
