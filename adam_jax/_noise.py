@@ -1,8 +1,8 @@
 """Random bits without a key to carry: a hash of what the bits are for, so that a run repeats itself on any number of devices.
 
 A stream of bits is named by the stage that draws it, by the leaf's path in the whole tree, and by a seed. The name is hashed to
-64 bits before anything is added to it. Salts that are short, or sums of small numbers, do not do: in version 0.1.0 the moments at
-one step and the parameters at the next drew the same words, and parameters drifted outward on noise that should not move them.
+64 bits before the step is added. Short salts, or sums of small numbers, are not enough. In version 0.1.0 the moments at one step
+and the parameters at the next drew the same words, and parameters drifted outward on noise that should not move them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ WORD = 2**32
 
 
 def stream_keys(stream: str, paths: Sequence[str], seed: Any, count: Array) -> Array:
-    """The keys of one step for the leaves that a stage rounds, one for each leaf.
+    """Returns the keys of one step, one for each leaf that a stage rounds.
 
-    Two streams never meet, at whatever lag: their keys at steps t and t' are equal for some pairs (t, t'), as random numbers are,
-    but not for all pairs of one distance, since the step is hashed between the two words of a name.
+    No stream is another stream some steps later. Two keys may be equal at steps t and t' by chance, as random numbers may. They
+    are not equal for all pairs of steps at one distance, because the step is hashed between the two words of a name.
 
     Args:
       stream: the name of the stage's stream, as `Context.stream` gives it.
@@ -47,9 +47,9 @@ def stream_keys(stream: str, paths: Sequence[str], seed: Any, count: Array) -> A
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
-    """32 random bits for each element of an array.
+    """Returns 32 random bits for each element of an array.
 
-    `jax.random.bits` would do, with several times the arithmetic. The bits depend on the position in the whole array, which under
+    `jax.random.bits` would need several times the arithmetic. The bits depend on the position in the whole array, which under
     `jax.jit` does not change with the sharding. Inside `jax.shard_map` and `jax.vmap` the whole array is the part that the
     function sees.
 
@@ -110,11 +110,11 @@ def _long_axis(shape: tuple[int, ...], axis: int, word: int) -> list[Array]:
 
 
 def as_seed(name: str, seed: Any) -> Any:
-    """A seed: a Python integer, or a traced integer scalar.
+    """Returns a seed as a Python integer, or as the traced integer scalar that it is.
 
     Raises:
-      TypeError: for what is no integer, and no integer scalar array.
-      ValueError: for an integer that a uint32 does not hold: it would be taken for another one.
+      TypeError: if the seed is neither an integer nor an integer scalar array.
+      ValueError: if the integer does not fit into a uint32. It would be taken for another one.
     """
     if isinstance(seed, Array) and (seed.ndim or seed.dtype.kind not in "iu"):
         raise TypeError(f"{name}: found an array of {seed.dtype} and shape {seed.shape}; expected an integer scalar.")

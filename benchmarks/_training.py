@@ -1,4 +1,4 @@
-"""What `benchmarks.low_precision` trains: five small networks on real data, as plain functions of dictionaries of arrays.
+"""The networks, the data and the training of `benchmarks.low_precision`: plain functions of dictionaries of arrays.
 
 A network computes in float32 whatever its parameters rest in: on a CPU products of bfloat16 are slow, and the question is
 what resting costs. So the gradients of bfloat16 parameters come in bfloat16.
@@ -108,12 +108,12 @@ def text(path: Path | None) -> Data:
 
 
 def words(path: Path | None) -> Data:
-    """A text as words, each predicted from those before it, the last twentieth of it for the test. Arguments: as of `text`."""
+    """Returns a text as words. Each is predicted from the words before it. Arguments and errors are those of `text`."""
     return _words(*_read(path))
 
 
 def _read(path: Path | None) -> tuple[str, bytes]:
-    """What to call a text, and its bytes."""
+    """Returns the name of a text, and its bytes."""
     if path is not None:
         return path.name, path.read_bytes()
     # Its code is Python 2 and its dependencies are gone, so nothing is imported: the files are read where they lie.
@@ -307,11 +307,11 @@ class Task(NamedTuple):
     examples: int | None = None
 
     def training_set(self, data: Data) -> Examples:
-        """What is trained on."""
+        """Returns the examples that the task trains on."""
         return data.train if self.examples is None else data.train.spread(self.examples)
 
     def judged_on(self, data: Data) -> Examples:
-        """Examples of the training set that say what the loss is in the end: of words, those behind frequent ones."""
+        """Returns the training examples for the loss at the end: of words, those behind frequent words."""
         trained = self.training_set(data)
         return (trained.behind_frequent() if self.reads == "words" else trained).spread(self.judged)
 

@@ -1,7 +1,7 @@
 """Does it train to the same loss in fewer bytes: `python -m benchmarks.low_precision --mnist mnist.npz`.
 
-Five networks, each with every way that moments and parameters can rest, over the same seeds: a seed gives all of them the
-same start and the same batches. The learning rates are constant, and small: an update of 1e-4 is below half of the last bit
+Five networks are trained with every storage of moments and parameters. A seed gives all variants the same start and the same
+batches. The learning rates are constant, and small: an update of 1e-4 is below half of the last bit
 of a bfloat16 parameter from 0.05 on, which is where rounding to nearest stops learning.
 
 Every run that ends is kept in a file of its own, under a digest of the compiled program's source and of all arrays that go in.

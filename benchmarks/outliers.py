@@ -1,4 +1,4 @@
-"""What outliers cost 8-bit moments: `python -m benchmarks.outliers --mnist mnist.npz`.
+"""Measures what outliers cost 8-bit moments: `python -m benchmarks.outliers --mnist mnist.npz`.
 
 A linear layer predicts 192 pixels of a digit from 256 others. The loss of one output counts 10³ to 10⁶ times as much as that of
 the others, and so do its gradients: they are a row of the kernel, or a column where the kernel is transposed. Adam in float32

@@ -161,7 +161,7 @@ def _program(build: Callable[..., Any]) -> Any:
 
 @functools.cache
 def train(case: Case) -> Outcome:
-    """What comes of a whole run."""
+    """Trains one case, and returns its losses and observations."""
     random = np.random.default_rng(0)
     images, targets = _data()
     params = _start(random, case)

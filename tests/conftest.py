@@ -1,4 +1,4 @@
-"""What every test shares: strict promotion, one compilation cache per run, and fixtures for other settings and a loop."""
+"""Settings and fixtures of all tests: strict promotion, one compilation cache per run, other settings, a training loop."""
 
 import ctypes
 import gc
@@ -51,7 +51,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """What needs float16 is skipped for processors for which XLA cannot compile it, such as one without F16C."""
+    """Skips tests that need float16 on a processor for which XLA cannot compile it, such as one without F16C."""
     report = yield
     if report.failed and re.search("__(extendhfsf2|truncsfhf2)", str(call.excinfo.value)) and not has_float16():
         report.outcome = "skipped"
@@ -81,9 +81,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiling(request):
-    """LLVM does less, since most programs run once; a file that computes for long says OPTIMIZED, `--optimized` says it for all.
+    """Compiles with less work of LLVM, because most programs run once. Files that compute for long say OPTIMIZED.
 
-    Programs of one file serve no other. Kept, they are gigabytes by the end.
+    Drops a file's programs behind it, because they serve no other file. Kept, they are gigabytes by the end.
     """
     optimized = request.config.getoption("--optimized") or getattr(request.module, "OPTIMIZED", False)
     jax.config.update("jax_disable_most_optimizations", not optimized)

@@ -999,6 +999,30 @@ def test_a_state_of_another_storage(there, here):
         aj.adam(0.1, storage=FORMS[here]).update(params, state)
 
 
+@pytest.mark.parametrize(("there", "here"), [(-1, -2), (-2, -1), (-1, None), (-2, None)], ids=str)
+def test_a_state_whose_scales_are_shared_otherwise(there, here):
+    params = {"w": normals(64, 128)}
+    state = aj.adam(0.1, storage=storage.Codes(axis=there)).init(params)
+    with refused(ValueError, "the state's mu at 'w' of shape (64, 128) has scales of shape", f"axis={here}", "`init`"):
+        aj.adam(0.1, storage=storage.Codes(axis=here)).update(params, state)
+
+
+def test_a_state_without_scales():
+    """As of version 0.1.0, which kept them in one array, or of parameters with other names."""
+    params = {"w": normals(64, 128)}
+    tx = aj.adam(0.1, storage="8bit")
+    first, *rest = tx.init(params)
+    for scales in ({}, {"mu_scale": jnp.zeros((1, 2), jnp.int16)}, {"mu_scale": {"v": first.scales["mu_scale"]["w"]}}):
+        with refused(ValueError, "the state has no scale for the mu at 'w'", "Codes(bits=8", "`init`"):
+            tx.update(params, (first._replace(scales=scales), *rest))
+
+
+@pytest.mark.parametrize("value", [0, 1, -3, "rows", True, 1.0], ids=repr)
+def test_an_axis_that_is_none(value):
+    with refused(ValueError, f"storage.Codes: axis: found {value!r}", "expected -1, -2 or None"):
+        storage.Codes(axis=value)
+
+
 @pytest.mark.parametrize("how", ["8bit", "bfloat16"])
 def test_a_state_whose_small_leaves_rest_wide(how):
     params, form = normals(9), storage.forms(how)[0]
