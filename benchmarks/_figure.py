@@ -56,8 +56,13 @@ def _draw_curves(panel: Any, results: Sequence[Result], looks: Mapping[str, dict
         band = (mean - deviation, mean + deviation)
         panel.fill_between(result.steps, *band, color=looks[result.label]["color"], alpha=0.1, linewidth=0)
         panel.plot(result.steps, mean, label=result.label, **looks[result.label], **size)
-    # Without the fall of the first steps, which is the same for all, and beside which nothing else would be seen.
-    panel.set_ylim(top=results[0].curves.mean(0)[len(results[0].steps) // 10])
+    # Leaves out the fall of the first steps. It is the same for all, and nothing else would be seen beside it.
+    reference = results[0].curves.mean(0)
+    top = reference[len(reference) // 10]
+    if reference[-1] < top / 100:  # a run to convergence: on a linear axis all of them end at 0
+        panel.set_yscale("log")
+        panel.set_ylim(reference[-1] / 3, top)
+    panel.set_ylim(top=top)
     panel.set_xlim(left=0)
     panel.set_xlabel("step")
 
@@ -74,7 +79,7 @@ def _draw_ends(panel: Any, results: Sequence[Result], looks: Mapping[str, dict[s
     panel.set_yscale("symlog", linthresh=1)
     panel.set_xlim(3, 13)
     panel.set_xticks((4, 6, 8, 10, 12))
-    panel.set_xlabel("bytes a parameter")
+    panel.set_xlabel("bytes per parameter")
 
 
 def _deviation(values: np.ndarray) -> Any:
