@@ -110,6 +110,9 @@ def largest_along(size: Array, scale: Array) -> Array:
     return jnp.max(size, axis=shared, keepdims=True, initial=0)
 
 
+_FRACTION = 3
+"""The number of bits that divide a fine octave."""
+
 _COARSER = 3
 """Coarse octaves have an eighth of the codes of fine ones."""
 
@@ -122,26 +125,19 @@ class Codec:
     """Codes of one kind. See `adam_jax.storage.Codes` for what they can hold.
 
     With y = |x|/unit and t = max(y + 1, 2y), b = bits(t) − bits(1) is a logarithm of y that is a straight line between powers of
-    two. It is the code with more digits: all but `fraction` of an octave's are rounded off, after what lies above the fine
-    octaves was divided by 8.
+    two. It is the code with more digits. What lies above the fine octaves is divided by 8, and then all but 3 bits of an octave
+    are rounded off.
 
     Attributes:
-      bits: 8 or 16.
       signed: whether a bit is a sign.
     """
 
-    bits: int
     signed: bool
 
     @property
     def dtype(self) -> Any:
         """That of the codes."""
-        return np.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
-
-    @property
-    def fraction(self) -> int:
-        """How many bits divide an octave."""
-        return self.bits - 5
+        return np.dtype(np.int8 if self.signed else np.uint8)
 
     @property
     def fine(self) -> int:
@@ -161,7 +157,7 @@ class Codec:
         known = unit != UNKNOWN
         return (
             jnp.where(known, unit, np.int32(self.widest)),
-            jnp.where(known, np.int32(self.fine << self.fraction), np.int32(0)),
+            jnp.where(known, np.int32(self.fine << _FRACTION), np.int32(0)),
         )
 
     def _even(self, size: Array, coarse: Array) -> Array:
@@ -173,13 +169,13 @@ class Codec:
         exponent, coarse = self._layout(unit)
         k = code.astype(np.int32)
         even = self._even(lax.abs(k), coarse)
-        size = _from_log(float_of((even << np.int32(23 - self.fraction)) + _ONE)) * float_of(exponent + 127 << 23)
+        size = _from_log(float_of((even << np.int32(23 - _FRACTION)) + _ONE)) * float_of(exponent + 127 << 23)
         return jnp.where(k < 0, -size, size) if self.signed else size
 
     def narrow(self, x: Array, unit: Any, random: Any) -> Array:
         """Codes of float32 numbers, rounded by random bits or `HALF`."""
         exponent, coarse = self._layout(unit)
-        dropped = 23 - self.fraction
+        dropped = 23 - _FRACTION
         # The sign of the factor says that no octave is fine: a second scalar would be one operand too many for a TPU's pass.
         sign = jnp.where(coarse == 0, np.int32(-(2**31)), np.int32(0))
         y = lax.abs(x) * float_of((127 - exponent << 23) | sign)
@@ -201,7 +197,7 @@ class Codec:
         exponent, coarse = self._layout(unit)
         largest = largest_along(lax.abs(code.astype(np.float32)), unit)
         largest = agreed(largest, lax.pmax, like=unit).astype(np.int32)
-        octave = exponent + (self._even(largest, coarse) >> self.fraction)
+        octave = exponent + (self._even(largest, coarse) >> _FRACTION)
         return jnp.where(largest == 0, UNKNOWN, self._clear(octave))
 
     def _clear(self, octave: Any) -> Any:

@@ -75,10 +75,10 @@ class Float:
 class Codes:
     """Stores moments as integers that count in ratios, relative to a power of two that each row of a leaf has.
 
-    A code of 8 bits is a small float: below 1 unit eight equal steps (they count as an octave), then eight steps an octave, and
-    where those end, for elements that suddenly outgrow the row, one step an octave. The unit of a step follows from the largest
-    code of the step before, with an octave to spare, so that encoding needs no second look at the moments. Before there is a
-    largest code, at the first step or in a row that has been all zero, all codes are whole octaves, 127 of them.
+    A code has 8 bits. It is a small float: below 1 unit eight equal steps (they count as an octave), then eight steps an octave,
+    and where those end, for elements that suddenly outgrow the row, one step an octave. The unit of a step follows from the
+    largest code of the step before, with an octave to spare, so that encoding needs no second look at the moments. Before there
+    is a largest code, at the first step or in a row that has been all zero, all codes are whole octaves, 127 of them.
 
     A row is what lies along the last axis. Rows of fewer than 128 elements are taken together, along the axes before the last,
     until there are 128 or the leaf ends: a kernel of shape (768, 12, 64) has 768 scales, one of (3, 3, 64, 64) has 9, and a
@@ -96,7 +96,6 @@ class Codes:
     what is smaller than the smallest code is stored as it. NaN is stored as 0.
 
     Attributes:
-      bits: 8, or 16 with 2048 steps an octave in place of 8, and 256 in place of 1.
       rounding: as in `Float`.
       seed: as in `Float`.
       smallest: as in `Float`.
@@ -104,19 +103,16 @@ class Codes:
         those of an output layer of shape (features, vocabulary) do; `None` for one scale per leaf.
 
     Raises:
-      ValueError: for another number of bits, an unknown rounding, another axis, or a negative size.
+      ValueError: for an unknown rounding, another axis, or a negative size.
       TypeError: if `seed` or `smallest` is no integer.
     """
 
-    bits: Literal[8, 16] = 8
     rounding: Rounding = "stochastic"
     seed: int = 0
     smallest: int = SMALLEST
     axis: int | None = -1
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (8, 16):
-            raise ValueError(f"storage.Codes: bits: found {self.bits!r}; expected 8 or 16.")
         if self.axis is not None and (type(self.axis) is not int or self.axis not in (-1, -2)):
             raise ValueError(f"storage.Codes: axis: found {self.axis!r}; expected -1, -2 or None.")
         _check(self)
@@ -337,8 +333,7 @@ class Rest:
 
     @property
     def _codec(self) -> Codec:
-        assert isinstance(self.form, Codes)
-        return Codec(self.form.bits, self.signed)
+        return Codec(self.signed)
 
 
 def scale_key(name: str) -> str:
@@ -395,7 +390,7 @@ def put_back(name: str, tree: PyTree, scales: Scales, leaves: Sequence[Resting])
 
 
 def _codec_of(code: Array) -> Codec:
-    return Codec(8 * code.dtype.itemsize, bool(jnp.issubdtype(code.dtype, jnp.signedinteger)))
+    return Codec(bool(jnp.issubdtype(code.dtype, jnp.signedinteger)))
 
 
 def _is_code(leaf: Any) -> bool:

@@ -153,7 +153,7 @@ def draw(found: dict[str, np.ndarray], path: Path) -> None:
     left.legend(frameon=False, loc="upper left")
 
     for signed, label, colour, width in ((True, "μ", "#e69f00", 3.5), (False, "ν", "#009e73", 1.2)):
-        values, between = spacings(Codec(8, signed), 1.0)
+        values, between = spacings(Codec(signed), 1.0)
         right.step(values, between, where="post", color=colour, linewidth=width, label=f"8-bit {label}")
     size = 2.0 ** np.arange(-32, 34)
     right.fill_between(size, 2.0**-8, 2.0**-7, color="#56b4e9", alpha=0.5, linewidth=0, label="bf16")

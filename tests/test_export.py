@@ -20,7 +20,6 @@ STORAGES = {
     "bfloat16": "bfloat16",
     "8bit": "8bit",
     "float8": Float(jnp.float8_e4m3fn),
-    "16bit": Codes(16),
     "nearest": Codes(rounding="nearest"),
 }
 LINKS = {"round_stochastically": adam_jax.round_stochastically(), "compensate": adam_jax.compensate()}

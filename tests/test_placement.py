@@ -22,11 +22,10 @@ STEPS = 10
 CASES = {
     "adam in bfloat16, rounded stochastically": ("adam", "bfloat16", "round_stochastically", False),
     "adam in 8 bits, compensated": ("adam", "8bit", "compensate", True),
-    "amsgrad in 16 bits, rounded stochastically": ("amsgrad", "codes16", "round_stochastically", True),
     "ademamix in 8 bits, rounded stochastically": ("ademamix", "8bit", "round_stochastically", True),
     "adopt in bfloat16, compensated": ("adopt", "bfloat16", "compensate", False),
 }
-DEVICES = dict(zip(CASES, [(2, 8), (2, 8), (8,), (4,), (4,)], strict=True))
+DEVICES = dict(zip(CASES, [(2, 8), (2, 8), (4,), (4,)], strict=True))
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|reduce-scatter|send|recv)(?:-start)?\("
 )
@@ -111,8 +110,7 @@ def main():
     grads = [tree(2.0 ** draw.integers(-6, 2)) for _ in range(STEPS)]
 
     def transformation(member, storage, link):
-        rest = aj.storage.Codes(16) if storage == "codes16" else storage
-        return aj.chain(getattr(aj, member)(1e-2, storage=rest), getattr(aj, link)())
+        return aj.chain(getattr(aj, member)(1e-2, storage=storage), getattr(aj, link)())
 
     def spec(layout, shape):
         if layout == "rows":
