@@ -1,4 +1,4 @@
-"""Presets take the steps of the framework they are named for: PyTorch and Keras themselves, TensorFlow's written equations."""
+"""Presets take the steps of the framework they are named for: PyTorch, Keras and Optax."""
 
 import functools
 import inspect
@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from helpers import paths_of
-from papers import L, dec
 
 import adam_jax as aj
 from adam_jax import presets
@@ -205,115 +204,6 @@ def test_keras_in_float32(name, keras):
     agree(found, expected, theta, FLOAT32)
 
 
-# TensorFlow is too large to install for a test. These are the equations of its docstrings and kernels, in long double.
-def rates():
-    return [L(float(rate(count))) for count in range(STEPS)]
-
-
-def tf_adam(gradients, theta, beta1=0.9, beta2=0.999, eps=1e-7, amsgrad=False):
-    """The docstring of `tf.keras.optimizers.legacy.Adam`; with ε = 1e-8 that of `tf.compat.v1.train.AdamOptimizer`."""
-    beta1, beta2, eps = map(dec, (beta1, beta2, eps))
-    m, v, v_hat = np.zeros((3, *SHAPE), L)
-    for t, (g, lr) in enumerate(zip(gradients.astype(L), rates(), strict=True), 1):
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-        v_hat = np.maximum(v_hat, v) if amsgrad else v
-        theta = theta - lr * np.sqrt(1 - beta2**t) / (1 - beta1**t) * m / (np.sqrt(v_hat) + eps)
-        yield theta
-
-
-def tf_adamax(gradients, theta, beta1=0.9, beta2=0.999, eps=1e-7):
-    """The docstring of `tf.keras.optimizers.legacy.Adamax`."""
-    beta1, beta2, eps = map(dec, (beta1, beta2, eps))
-    m, v = np.zeros((2, *SHAPE), L)
-    for t, (g, lr) in enumerate(zip(gradients.astype(L), rates(), strict=True), 1):
-        m, v = beta1 * m + (1 - beta1) * g, np.maximum(beta2 * v, np.abs(g))
-        theta = theta - lr / (1 - beta1**t) * m / (v + eps)
-        yield theta
-
-
-def tf_nadam(gradients, theta, beta1=0.9, beta2=0.999, eps=1e-7, schedule_decay=0.004):
-    """The source of `tf.keras.optimizers.legacy.Nadam`; the docstring has no equations."""
-    beta1, beta2, eps, schedule_decay = map(dec, (beta1, beta2, eps, schedule_decay))
-    m, v, product = np.zeros(SHAPE, L), np.zeros(SHAPE, L), L(1)
-    for t, (g, lr) in enumerate(zip(gradients.astype(L), rates(), strict=True), 1):
-        now, then = (beta1 * (1 - L("0.5") * L("0.96") ** (schedule_decay * step)) for step in (t, t + 1))
-        product = product * now
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-        m_bar = (1 - now) * g / (1 - product) + then * m / (1 - product * then)
-        theta = theta - lr * m_bar / (np.sqrt(v / (1 - beta2**t)) + eps)
-        yield theta
-
-
-def tf_rmsprop(gradients, theta, rho=0.9, momentum=0.0, eps=1e-7, centered=False, start=0, inside=True):
-    """The docstrings of `tf.raw_ops.ResourceApplyRMSProp` and `ResourceApplyCenteredRMSProp`; v1 starts the square at 1.
-
-    Without momentum the legacy one does not call them, and its source adds ε outside the root.
-    """
-    rho, momentum, eps = map(dec, (rho, momentum, eps))
-    mg, mom = np.zeros((2, *SHAPE), L)
-    ms = np.full(SHAPE, L(start))
-    for g, lr in zip(gradients.astype(L), rates(), strict=True):
-        ms, mg = rho * ms + (1 - rho) * g * g, rho * mg + (1 - rho) * g
-        square = ms - (mg * mg if centered else 0)
-        mom = momentum * mom + lr * g / (np.sqrt(square + eps) if inside else np.sqrt(square) + eps)
-        theta = theta - mom
-        yield theta
-
-
-def tf_momentum(gradients, theta, momentum=0.0, nesterov=False, steps=True):
-    """The docstring of `tf.raw_ops.ResourceApplyKerasMomentum`, which gathers steps; v1's gathers gradients."""
-    momentum = dec(momentum)
-    accumulated = np.zeros(SHAPE, L)
-    for g, lr in zip(gradients.astype(L), rates(), strict=True):
-        before, after = (lr, 1) if steps else (1, lr)
-        accumulated = momentum * accumulated + before * g
-        theta = theta - after * (momentum * accumulated + before * g if nesterov else accumulated)
-        yield theta
-
-
-TENSORFLOW = {
-    "adam": (tf_adam, {}, {}),
-    "adam other": (tf_adam, {"beta_1": 0.87, "beta_2": 0.983, "epsilon": 1e-3}, {"beta1": 0.87, "beta2": 0.983, "eps": 1e-3}),
-    "adam amsgrad": (tf_adam, {"amsgrad": True}, {"amsgrad": True}),
-    "adamax": (tf_adamax, {}, {}),
-    "adamax other": (tf_adamax, {"beta_2": 0.983, "epsilon": 1e-3}, {"beta2": 0.983, "eps": 1e-3}),
-    "nadam": (tf_nadam, {}, {}),
-    "nadam other": (tf_nadam, {"schedule_decay": 0.02, "epsilon": 1e-3}, {"schedule_decay": 0.02, "eps": 1e-3}),
-    "rmsprop": (tf_rmsprop, {}, {"inside": False}),
-    "rmsprop centered": (tf_rmsprop, {"centered": True}, {"centered": True, "inside": False}),
-    "rmsprop momentum": (tf_rmsprop, {"momentum": 0.6, "centered": True}, {"momentum": 0.6, "centered": True}),
-    "sgd": (tf_momentum, {}, {}),
-    "sgd nesterov": (tf_momentum, {"momentum": 0.87, "nesterov": True}, {"momentum": 0.87, "nesterov": True}),
-    "v1_adam": (tf_adam, {}, {"eps": 1e-8}),
-    "v1_rmsprop": (tf_rmsprop, {}, {"eps": 1e-10, "start": 1}),
-    "v1_rmsprop all": (
-        tf_rmsprop,
-        {"momentum": 0.6, "centered": True, "decay": 0.97},
-        {"momentum": 0.6, "centered": True, "rho": 0.97, "eps": 1e-10, "start": 1},
-    ),
-    "v1_momentum": (tf_momentum, {"momentum": 0.87}, {"momentum": 0.87, "steps": False}),
-    "v1_momentum nesterov": (
-        tf_momentum,
-        {"momentum": 0.87, "use_nesterov": True},
-        {"momentum": 0.87, "nesterov": True, "steps": False},
-    ),
-}
-
-
-@functools.cache
-def tensorflow_paths():
-    txs = {name: getattr(presets.tensorflow, name.split()[0])(rate, **options) for name, (_, options, _) in TENSORFLOW.items()}
-    return all_of_ours(txs, problem()[0], np.zeros(SHAPE))
-
-
-@pytest.mark.parametrize("name", TENSORFLOW)
-def test_tensorflow(name, x64):
-    transcription, _, same = TENSORFLOW[name]
-    # Nothing here depends on the parameters. From 0 the way is not rounded to their last digit, which a long double does not.
-    gradients, theta = problem()[0], np.zeros(SHAPE)
-    agree(tensorflow_paths()[name], list(transcription(gradients, theta.astype(L), **same)), theta, EXACT)
-
-
 def test_optax(x64):
     """The others are members of the family, which tests/test_trajectories.py compares with Optax."""
     assert all(getattr(presets.optax, name) is getattr(aj, name) for name in presets.optax.__all__ if name != "sgd")
@@ -331,7 +221,7 @@ def test_optax(x64):
 
 
 def test_every_preset_has_an_oracle():
-    for which, cases in (("torch", TORCH), ("keras", KERAS), ("tensorflow", TENSORFLOW)):
+    for which, cases in (("torch", TORCH), ("keras", KERAS)):
         assert {name.split()[0] for name in cases} == set(getattr(presets, which).__all__)
 
 
@@ -363,14 +253,6 @@ def test_arguments_of_keras(name, keras):
     same_arguments(arguments(getattr(presets.keras, name)), arguments(getattr(keras.optimizers, KERAS[name][0]).__init__, "self"))
 
 
-def test_learning_rates_of_tensorflow():
-    """The only defaults that the steps above do not show."""
-    expected = {"sgd": 0.01, "v1_rmsprop": inspect.Parameter.empty, "v1_momentum": inspect.Parameter.empty}
-    for name in presets.tensorflow.__all__:
-        first = arguments(getattr(presets.tensorflow, name))[0]
-        assert first.default == expected.get(name, 0.001), name
-
-
 @pytest.mark.parametrize("name", presets.optax.__all__)
 def test_arguments_of_optax(name):
     theirs = getattr(optax, name, None) or getattr(optax.contrib, name)
@@ -385,7 +267,6 @@ def test_what_is_not_supported_is_refused():
         lambda: presets.torch.adam(fused=True),
         lambda: presets.keras.adam(use_ema=True),
         lambda: presets.keras.lamb(weight_decay=0.1),
-        lambda: presets.tensorflow.adam(decay=0.1),
         lambda: presets.optax.nadam(1e-3, nesterov=False),
     ):
         with pytest.raises(TypeError, match=r"argument"):
