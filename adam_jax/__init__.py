@@ -19,7 +19,11 @@ from adam_jax.guards import expect_progress, skip_nonfinite, skip_spikes
 from adam_jax.groups import by_path
 from adam_jax.diagnostics import observations, observe
 from adam_jax._dashboard import plot
-from adam_jax._hyperparams import hyperparameters
+from adam_jax._context import Context
+from adam_jax._hyperparams import settable
+from adam_jax._spec import Flow
+from adam_jax._transformation import Transformation, recipe, stage
+from adam_jax._settings import hyperparameters, set_hyperparameters, set_step
 from adam_jax._audit import StateBytes, state_bytes
 from adam_jax._describe import Description, Leaf, describe
 from adam_jax.sharding import state_shardings
@@ -28,8 +32,7 @@ from adam_jax._reset import reset
 from adam_jax._from_optax import from_optax, to_optax
 from adam_jax._from_torch import from_torch, to_torch
 from adam_jax._params_from_torch import after_flatten, params_from_torch, params_to_torch
-from adam_jax._transformation import Context, Flow, Transformation, recipe, stage
-from adam_jax import family, presets
+from adam_jax import extend, family, presets
 from adam_jax.family import (
     adam,
     adamw,
@@ -51,6 +54,7 @@ from adam_jax.family import (
 )
 
 __all__ = [
+    "extend",
     "family",
     "presets",
     "storage",
@@ -84,7 +88,10 @@ __all__ = [
     "observe",
     "observations",
     "plot",
+    "settable",
     "hyperparameters",
+    "set_hyperparameters",
+    "set_step",
     "StateBytes",
     "state_bytes",
     "Description",

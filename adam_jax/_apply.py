@@ -10,9 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment, peak
-from adam_jax._transformation import Context, Init, Update, stage
-from adam_jax._tree import PyTree, as_wide, expect_params, lift, narrow, scalar_dtype, times, wide_dtype
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, ScalarOrSchedule, cast, increment, peak
+from adam_jax._spec import Definition
+from adam_jax._transformation import stage
+from adam_jax._tree import (
+    PyTree,
+    as_wide,
+    as_wide_as,
+    brief,
+    dtype_of,
+    expect_params,
+    lift,
+    narrow,
+    narrower_than_float32,
+    scalar_dtype,
+    times,
+)
 
 Mask: TypeAlias = Literal["matrices"] | PyTree | Callable[[PyTree], PyTree]
 
@@ -21,17 +35,21 @@ class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`.
 
     Attributes:
-      step: steps taken, int32: the argument of a schedule.
-      hyperparams: the learning rate that the last step used.
+      step: steps taken, int32, the argument of a schedule; `None` where there is no schedule.
+      hyperparams: the learning rate if it is settable.
     """
 
-    step: Array
+    step: Array | None
     hyperparams: dict[str, Array]
 
 
 @stage(takes="updates", gives="updates", rate="applies")
-def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> tuple[Init, Update]:
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> Definition:
     """Multiplies by −learning_rate: what went uphill is a step downhill now, ready for `apply_updates`.
+
+    Outside of `adam_jax.chain`, and with `params`, it rounds the update of a half-precision parameter to the wider of the
+    gradient's and the parameter's dtype. Behind another stage it knows the gradient's only from `update(..., gradient=grads)`;
+    without that it takes the parameter's.
 
     Args:
       learning_rate: the step size; a schedule gets the number of steps taken, 0 at the first. A traced scalar works without
@@ -40,35 +58,49 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> tuple[Init, Updat
     Raises:
       ValueError: for NaN or an infinity.
     """
-    hypers = {"learning_rate": Hyperparameter("learning_rate", learning_rate)}
+    hypers = Hyperparameters(Hyperparameter("learning_rate", learning_rate))
 
     def init(params: PyTree) -> ScaleByLearningRateState:
-        return ScaleByLearningRateState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+        return ScaleByLearningRateState(hypers.first_step(), hypers.kept(scalar_dtype(params)))
 
     def update(
         updates: Any, state: ScaleByLearningRateState, params: Any, context: Context
     ) -> tuple[PyTree, ScaleByLearningRateState]:
-        scalars = state.hyperparams["learning_rate"].dtype
-        rate = cast(hypers["learning_rate"].at(state.step), scalars)
-        downhill = -rate
-        updates = lift(lambda update: times(as_wide(update), downhill), updates)
+        downhill = -cast(hypers["learning_rate"].at(state.step, state.hyperparams), scalar_dtype(updates))
+        steps = lift(lambda update: times(as_wide(update), downhill), updates)
         if not context.inside and params is not None:
-            # In optax.chain no one else rounds the step to the parameters' dtype, and there this is its usual last stage.
-            updates = narrow(updates, params, params)
-        return updates, ScaleByLearningRateState(increment(state.step), {"learning_rate": rate})
+            # optax.chain does not round the updates that leave it, and there this is the usual last stage.
+            steps = narrow(steps, _like_gradient(updates, params, context.gradient), params)
+        return steps, state._replace(step=increment(state.step))
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers)
+
+
+def _like_gradient(updates: PyTree, params: PyTree, gradient: PyTree | None) -> PyTree:
+    """Returns a tree whose leaves have the dtypes of the gradients, as far as a stage outside of a chain can know them.
+
+    A stage in front has widened the gradient of a half-precision parameter to float32, or it was float32 before. The updates do
+    not tell. It is taken to have the parameter's dtype, as gradients have that `jax.grad` makes.
+    """
+    structure: Any = jax.tree.structure(updates)
+    if gradient is not None and jax.tree.structure(gradient) == structure:
+        return gradient
+
+    def leaf(update: Any, param: Any) -> Any:
+        return param if dtype_of(update) == jnp.float32 and narrower_than_float32(param) else update
+
+    return lift(leaf, updates, params=params)
 
 
 class AddDecayedWeightsState(NamedTuple):
     """State of `add_decayed_weights`.
 
     Attributes:
-      step: steps taken, int32.
-      hyperparams: the weight decay that the last step used.
+      step: steps taken, int32; `None` where there is no schedule.
+      hyperparams: the weight decay, and the learning rate that it follows, if they are settable.
     """
 
-    step: Array
+    step: Array | None
     hyperparams: dict[str, Array]
 
 
@@ -82,7 +114,7 @@ def add_decayed_weights(
     mask: Mask | None = None,
     *,
     learning_rate: ScalarOrSchedule | None = None,
-) -> tuple[Init, Update]:
+) -> Definition:
     """Lets parameters decay towards zero.
 
         update ← update + weight_decay·params                                        before the learning rate
@@ -102,34 +134,39 @@ def add_decayed_weights(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019), Algorithm 2.
     """
-    hypers = {"weight_decay": Hyperparameter("weight_decay", weight_decay, "[0, inf)")}
+    hypers = Hyperparameters(Hyperparameter("weight_decay", weight_decay, "[0, inf)"))
     if isinstance(mask, str) and mask != "matrices":
-        raise ValueError(f"mask: found {mask!r}; expected 'matrices', a tree of booleans, a function that returns one, or None.")
+        raise ValueError(
+            f"mask: found {brief(mask)}; expected 'matrices', a tree of booleans, a function that returns one, or None."
+        )
     course = Hyperparameter("learning_rate", 1.0 if learning_rate is None else learning_rate)
-    highest = peak(course.value)
+    highest = peak(course.first if course.settable else course.value)
+    follows = course.scheduled or course.settable
+    read = Hyperparameters(*hypers.values(), *([course] if follows else []))
 
     def init(params: PyTree) -> AddDecayedWeightsState:
-        return AddDecayedWeightsState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+        return AddDecayedWeightsState(read.first_step(), read.kept(scalar_dtype(params)))
 
     def update(
         updates: Any, state: AddDecayedWeightsState, params: Any, context: Context
     ) -> tuple[PyTree, AddDecayedWeightsState]:
         params = expect_params(params, "add_decayed_weights()")
-        scalars = state.hyperparams["weight_decay"].dtype
-        used = cast(hypers["weight_decay"].at(state.step), scalars)
-        factor = used
+        scalars = scalar_dtype(params)
+        values = read.at(state.step, state.hyperparams)
+        factor = cast(values["weight_decay"], scalars)
         if learning_rate is not None:
-            factor = -used * (cast(course.at(state.step), scalars) / cast(highest, scalars) if callable(learning_rate) else 1)
+            factor = -factor * (cast(values["learning_rate"], scalars) / cast(highest, scalars) if follows else 1)
 
         def leaf(update: Any, param: Any, decays: bool) -> Array:
             if isinstance(weight_decay, (int, float)) and weight_decay == 0:
                 return as_wide(update)  # spares the reading of every parameter
-            return as_wide(update) + times(as_wide(param).astype(wide_dtype(update)), factor) if decays else as_wide(update)
+            wide = as_wide(as_wide_as(update, param))
+            return wide + times(as_wide(as_wide_as(param, update)), factor) if decays else wide
 
         updates = lift(leaf, updates, params=params, mask=decaying(mask, params))
-        return updates, AddDecayedWeightsState(increment(state.step), {"weight_decay": used})
+        return updates, state._replace(step=increment(state.step))
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers)
 
 
 def _flag(decays: Any) -> bool:
@@ -149,6 +186,6 @@ def decaying(mask: Mask | None, params: PyTree) -> PyTree:
         return jax.tree.map(lambda decays, part: jax.tree.map(lambda p: _flag(decays), part), tree, params)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"mask: found the tree {tree!r}; expected True or False in the structure of the parameters, "
+            f"mask: found {brief(tree)}; expected True or False in the structure of the parameters, "
             f"{jax.tree.structure(params)}, or in a prefix of it."
         ) from error

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from adam_jax import storage
 from adam_jax._paths import is_scale, path_of
-from adam_jax._transformation import Transformation, first_state, show, wrapped
-from adam_jax._tree import PyTree, dtype_of, finfo, takes_part
+from adam_jax._spec import show, spec_of, swapped, wrapped
+from adam_jax._transformation import first_state
+from adam_jax._tree import PyTree, brief, dtype_of, finfo, takes_part
 
-PARTS = {"mu": "mu", "mu_slow": "mu", "nu": "nu", "nu_max": "nu", "lost": "rounding"}
-"""Which part the fields of a state belong to. What is in none of them is counts, scalars, and the memory of other stages."""
+OF_OTHERS = {"mu": "mu", "nu": "nu"}
+"""Fields of states of other libraries that are moments, and what they are counted as."""
 
 
 class Wide(NamedTuple):
@@ -100,11 +100,13 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
       TypeError: if `tx` has no `init`.
     """
     if not callable(getattr(tx, "init", None)):
-        raise TypeError(f"state_bytes: found {tx!r}; expected a gradient transformation, and the parameters after it.")
+        hint = swapped(tx, "state_bytes")
+        raise TypeError(f"state_bytes: found {brief(tx)}; expected a gradient transformation, and the parameters after it.{hint}")
     state = first_state(tx, params, "state_bytes")
     sizes = dict.fromkeys(("mu", "nu", "rounding", "other"), 0)
+    parts = OF_OTHERS | parts_of(tx)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        sizes[_part(path)] += bytes_of(leaf)
+        sizes[_part(path, parts)] += bytes_of(leaf)
     leaves = jax.tree.leaves(params)
     elements = sum(math.prod(np.shape(leaf)) for leaf in leaves)
     return StateBytes(elements, sum(map(bytes_of, leaves)), **sizes, wide=tuple(_wide(tx, state)))
@@ -116,42 +118,47 @@ def bytes_of(leaf: Any) -> int:
     return size
 
 
-def _part(path: tuple[Any, ...]) -> str:
+def parts_of(tx: Any) -> dict[str, str]:
+    """What the fields of the states of all stages are counted as, so far as they hold something for each parameter."""
+    found: dict[str, str] = {}
+    spec = spec_of(tx)
+    if spec is not None:
+        found |= spec.definition.trees
+        found |= {slot.name: slot.part for slot in spec.definition.slots}
+        for part in (*spec.stages, *spec.inner.values()):
+            found |= parts_of(part)
+    return found
+
+
+def _part(path: tuple[Any, ...], parts: Mapping[str, str]) -> str:
     fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     if is_scale(path):
         fields.append(path[-2].key.removesuffix("_scale"))
-    return next((PARTS[field] for field in fields if field in PARTS), "other")
+    return next((parts[field] for field in fields if field in parts), "other")
 
 
 def _wide(tx: Any, state: Any) -> Iterator[Wide]:
     """The wide leaves in the state of stages that were told how moments rest, wherever in a chain they stand."""
-    if not isinstance(tx, Transformation):
+    spec = spec_of(tx)
+    if spec is None:
         for node in filter(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours)):
-            yield from _wide_fields(node, lambda field, leaf: f"as was asked for inside {show(tx)}, which hides why")
+            fields = [field for field in node._fields if f"{field}_scale" in node.scales or field in OF_OTHERS]
+            yield from _wide_fields(node, fields, lambda field, leaf: f"as was asked for inside {show(tx)}, which hides why")
         return
-    if tx.init.spec.stages:
-        for part, its in zip(tx.stages, state, strict=True):
-            yield from _wide(part, its)
-        return
-    for _, part, its in wrapped(tx, state):
+    for part, its in zip(spec.stages, state if spec.stages else (), strict=True):
         yield from _wide(part, its)
-    said = tx.init.spec.arguments.arguments
-    if "storage" not in said:
-        return
-    forms = dict(zip(("mu", "nu"), storage.forms(said["storage"], said.get("mu_dtype"), said.get("nu_dtype")), strict=True))
-
-    def why(field: str, leaf: Any) -> str | None:
-        return storage.Rest(field, forms[PARTS[field]]).why_wide(leaf.shape, leaf.dtype)
-
-    yield from _wide_fields(state, why)
+    for _, _, part, its in wrapped(tx, state):
+        yield from _wide(part, its)
+    slots = {slot.name: slot for slot in spec.definition.slots}
+    yield from _wide_fields(state, slots, lambda field, leaf: slots[field].why_wide(leaf.shape, leaf.dtype))
 
 
 def _is_ours(node: Any) -> bool:
     return isinstance(getattr(node, "scales", None), dict)
 
 
-def _wide_fields(state: Any, why: Callable[[str, Any], str | None]) -> Iterator[Wide]:
-    for field in filter(PARTS.__contains__, state._fields):
+def _wide_fields(state: Any, fields: Iterable[str], why: Callable[[str, Any], str | None]) -> Iterator[Wide]:
+    for field in fields:
         for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, field))[0]:
             reason = why(field, leaf) if takes_part(leaf) and finfo(leaf.dtype).bits >= 32 else None
             if reason:

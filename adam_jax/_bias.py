@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
-from adam_jax._moments import Moments, by_leaf, expect_moments, grow
-from adam_jax._transformation import Context, Init, Update, stage, stateless
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, ScalarOrSchedule, cast, complement, increment
+from adam_jax._moments import Moments, by_leaf, expect_moments, expect_weight, grow
+from adam_jax._spec import Definition
+from adam_jax._transformation import stage, stateless
 from adam_jax._tree import PyTree, lift, scalar_dtype, times, widen
 
 
 @stage(takes="moments", gives="moments", bias="corrects")
-def correct_bias(*, mu: bool = True, nu: bool = True) -> tuple[Init, Update]:
+def correct_bias(*, mu: bool = True, nu: bool = True) -> Definition:
     """Divides each moment by the weight it has gathered.
 
         mu ← mu / mu_weight          nu ← nu / nu_weight
@@ -31,38 +33,49 @@ def correct_bias(*, mu: bool = True, nu: bool = True) -> tuple[Init, Update]:
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
         moments = expect_moments(updates, "correct_bias()")
-        one = jnp.ones_like(moments.mu_weight)
-        # By the reciprocals, formed once. XLA would divide at every element instead, and a CPU would wait for it.
-        if mu and moments.mu is not None:
-            mu_factor = by_leaf(one / moments.mu_weight)
-            corrected = lift(lambda g, m: times(m, mu_factor()), moments.grad, mu=moments.mu)
-            moments = moments._replace(mu=corrected, mu_weight=one)
-        if nu and moments.nu is not None:
-            nu_factor = by_leaf(one / moments.nu_weight)
-            corrected = lift(lambda g, v: times(v, nu_factor()), moments.grad, free=("nu",), nu=moments.nu)
-            moments = moments._replace(nu=corrected, nu_weight=one)
+        asked = {"mu": mu and moments.mu is not None, "nu": nu and moments.nu is not None}
+        names = [name for name, corrects in asked.items() if corrects]
+        weights = {name: expect_weight(getattr(moments, f"{name}_weight"), "correct_bias()") for name in names}
+        for name, factor in _reciprocals(weights).items():
+            factors = by_leaf(factor)
+            corrected = lift(
+                lambda g, m, factors=factors: times(m, factors()), moments.grad, free=("nu",), **{name: getattr(moments, name)}
+            )
+            moments = moments._replace(**{name: corrected, f"{name}_weight": jnp.ones_like(factor)})
         return moments, state
 
-    return stateless, update
+    return Definition(stateless, update, corrects=("mu",) * mu + ("nu",) * nu)
+
+
+def _reciprocals(weights: dict[str, Array]) -> dict[str, Array]:
+    """1 over each weight.
+
+    XLA would divide by them at every element instead, and a CPU would wait for it. It makes a kernel of each, too: so both are
+    formed in one array where they have one shape.
+    """
+    if len({weight.shape for weight in weights.values()}) != 1:
+        return {name: 1 / weight for name, weight in weights.items()}
+    both = 1 / jnp.stack(list(weights.values()))
+    return {name: both[i] for i, name in enumerate(weights)}
 
 
 class LookAheadState(NamedTuple):
-    """State of `look_ahead`.
+    """State of `look_ahead`. Where it looks ahead with the decay of the moments it needs none, and all is `None`.
 
     Attributes:
-      step: steps taken, int32.
-      weight: 1 − ∏μₜ over the momentum's own schedule, as the sum of two floats: shape (2 floats), after `reset` of some leaves
+      step: steps taken, int32; `None` where there is no schedule.
+      weight: 1 − ∏μₜ over the momentum's own values, as the sum of two floats: shape (2 floats), after `reset` of some leaves
         (2 floats, leaves).
-      hyperparams: the momentum that the last step used.
+      hyperparams: the momentum if it is settable.
     """
 
-    step: Array
-    weight: Array
+    step: Array | None
+    weight: Array | None
     hyperparams: dict[str, Array]
 
 
 @stage(takes="moments", gives="moments", bias="before")
-def look_ahead(b1: ScalarOrSchedule = 0.9) -> tuple[Init, Update]:
+def look_ahead(b1: ScalarOrSchedule | None = None) -> Definition:
     """Replaces μ by the one that the next step would see, corrected for its bias: Nesterov's momentum as Nadam has it.
 
         mu ← b1ₜ₊₁·mu / (1 − ∏ᵢ₌₁ᵗ⁺¹ b1ᵢ) + (1 − b1ₜ)·g / (1 − ∏ᵢ₌₁ᵗ b1ᵢ)
@@ -71,31 +84,41 @@ def look_ahead(b1: ScalarOrSchedule = 0.9) -> tuple[Init, Update]:
     every framework that has Nadam.
 
     Args:
-      b1: the momentum, in [0, 1). Here it is a hyperparameter again because it need not be the average's own decay: PyTorch
-        and Keras average with a constant and look ahead with a schedule.
+      b1: the momentum, in [0, 1). `None` takes the decay with which `track_moments` averages. PyTorch and Keras average with a
+        constant, and look ahead with a schedule.
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (2016), Algorithm 2.
     """
-    momentum = Hyperparameter("momentum", b1, "[0, 1)")
+    own = b1 is not None
+    hypers = Hyperparameters(Hyperparameter("momentum", b1, "[0, 1)")) if own else Hyperparameters()
 
     def init(params: PyTree) -> LookAheadState:
         scalars = scalar_dtype(params)
-        return LookAheadState(jnp.zeros((), jnp.int32), jnp.zeros(2, scalars), first_values({"momentum": momentum}, scalars))
+        return LookAheadState(hypers.first_step(), jnp.zeros(2, scalars) if own else None, hypers.kept(scalars))
 
     def update(updates: Any, state: LookAheadState, params: Any, context: Context) -> tuple[Moments, LookAheadState]:
         moments = expect_moments(updates, "look_ahead()")
-        scalars = state.weight.dtype
-        step = increment(state.step)
-        now, then = momentum.at(state.step), momentum.at(step)
-        weight = grow(state.weight, complement(now, scalars))
-        ahead = grow(weight, complement(then, scalars))
-        keep = by_leaf(cast(then, scalars) / ahead[0])
-        add = by_leaf(complement(now, scalars) / weight[0])
+        step, weights = increment(state.step), None
+        if own:
+            assert state.weight is not None
+            scalars = state.weight.dtype
+            now, then = (hypers["momentum"].at(at, state.hyperparams) for at in (state.step, step))
+            decay, rate, rate_then = cast(then, scalars), complement(now, scalars), complement(then, scalars)
+            weights = grow(state.weight, rate)
+            weight = weights[0]
+        else:
+            weight = expect_weight(moments.mu_weight, "look_ahead()")
+            decay, rate, rate_then = moments.next_mu_decay, moments.mu_rate, moments.next_mu_rate
+        # In one array, because XLA makes a kernel of each that stands alone.
+        ahead = weight + rate_then * (1 - weight)
+        decays = jnp.stack([jnp.broadcast_to(x, weight.shape) for x in (decay, rate)])
+        factors = decays / jnp.stack([ahead, weight])
+        keep, add = by_leaf(factors[0]), by_leaf(factors[1])
         mu = lift(lambda grad, mu: times(mu, keep()) + times(widen(grad), add()), moments.grad, mu=moments.mu)
-        moments = moments._replace(mu=mu, mu_weight=jnp.ones_like(moments.mu_weight))
-        return moments, LookAheadState(step, weight, {"momentum": cast(now, scalars)})
+        moments = moments._replace(mu=mu, mu_weight=jnp.ones_like(weight))
+        return moments, state._replace(step=step, weight=weights)
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers)
 
 
 class RectifyState(NamedTuple):
@@ -103,7 +126,7 @@ class RectifyState(NamedTuple):
 
     Attributes:
       age: the mean age, in steps, of the squares in ν, the newest being 1; after `reset` of some leaves that of each.
-      hyperparams: the values that the last step used.
+      hyperparams: the threshold if it is settable.
     """
 
     age: Array
@@ -111,7 +134,7 @@ class RectifyState(NamedTuple):
 
 
 @stage(takes="moments", gives="moments", bias="before")
-def rectify(threshold: ScalarOrSchedule = 5.0) -> tuple[Init, Update]:
+def rectify(threshold: ScalarOrSchedule = 5.0) -> Definition:
     """Shortens the step while ν has seen few gradients, and leaves ν out of it while it has seen too few.
 
         age ← 1 + (1 − (1 − b2)/nu_weight)·age
@@ -128,22 +151,22 @@ def rectify(threshold: ScalarOrSchedule = 5.0) -> tuple[Init, Update]:
 
     Source: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (2020), Algorithm 2.
     """
-    limit = Hyperparameter("threshold", threshold, "[4, inf)")
+    hypers = Hyperparameters(Hyperparameter("threshold", threshold, "[4, inf)"))
 
     def init(params: PyTree) -> RectifyState:
         scalars = scalar_dtype(params)
-        return RectifyState(jnp.zeros((), scalars), first_values({"threshold": limit}, scalars))
+        return RectifyState(jnp.zeros((), scalars), hypers.kept(scalars))
 
     def update(updates: Any, state: RectifyState, params: Any, context: Context) -> tuple[Moments, RectifyState]:
         moments = expect_moments(updates, "rectify()")
-        least = cast(limit.at(moments.count - 1), state.age.dtype)
-        age = 1 + (1 - moments.nu_rate / moments.nu_weight) * state.age
+        least = cast(hypers["threshold"].at(moments.count - 1, state.hyperparams), state.age.dtype)
+        age = 1 + (1 - moments.nu_rate / expect_weight(moments.nu_weight, "rectify()")) * state.age
         rho_inf = 2 / moments.nu_rate - 1
         rho = jnp.minimum(2 * age - 1, rho_inf)  # where b2 falls, ν holds older squares than it will
         ready = rho > least
         ratio = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
         factor = by_leaf(jnp.where(ready, jnp.sqrt(jnp.where(ready, ratio, 1)), 1))
         mu = lift(lambda grad, mu: times(mu, factor()), moments.grad, mu=moments.mu)
-        return moments._replace(mu=mu, nu_ready=ready), RectifyState(age, {"threshold": least})
+        return moments._replace(mu=mu, nu_ready=ready), state._replace(age=age)
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers, counter=None)

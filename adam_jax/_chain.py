@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from adam_jax._hyperparams import hyperparameters
-from adam_jax._transformation import (
-    Context,
-    Flow,
-    Spec,
-    Transformation,
-    bind,
-    hides_rate,
-    is_transformation,
-    show,
-    take_step,
-    transformation,
-)
-from adam_jax._tree import PyTree, all_wide, narrow
+from adam_jax._configuration import applied_rates
+from adam_jax._context import Context
+from adam_jax._spec import Flow, Spec, bind, is_transformation, show
+from adam_jax._transformation import Transformation, hides_rate, take_step, transformation
+from adam_jax._tree import PyTree, all_wide, brief, narrow
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
     """Applies transformations in order, as `optax.chain` does, after a check that each can take what the one before gives.
 
     Its state is a tuple with one entry a stage. Any Optax transformation may stand in it, where plain updates flow. Between
-    two stages updates stay in float32; what leaves the outermost chain has the gradients' dtypes, rounded once.
+    two stages updates are float32 or wider. The outermost chain rounds them once, to the wider of the gradient's and the
+    parameter's dtype (of bfloat16 and float16 that is float32), or to the gradient's if `update` gets no `params`.
 
     Args:
       *stages: transformations of this package or of Optax, at least one.
@@ -45,7 +38,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         if not is_transformation(part):
             called = " (a function: did you mean to call it?)" if callable(part) else ""
             raise TypeError(
-                f"chain: found {show(part)} at position {position}{called}; expected a gradient transformation, which is a pair "
+                f"chain: found {brief(part)} at position {position}{called}; expected a gradient transformation, which is a pair "
                 f"of `init` and `update`."
             )
     parts = tuple(part if isinstance(part, Transformation) else optax.with_extra_args_support(part) for part in stages)
@@ -79,7 +72,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         inner = context
         if not context.inside:
             gradient = updates if context.gradient is None else context.gradient
-            inner = context._replace(gradient=gradient, applied=False, inside=True)
+            inner = context._replace(gradient=gradient, incoming=updates, applied=False, inside=True)
         around = Counter(context.earlier)
         new_state = []
         for i, (part, before) in enumerate(zip(parts, state, strict=True)):
@@ -89,10 +82,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             updates, after = take_step(part, updates, before, params, inner)
             if isinstance(part, Transformation):
                 if part.flow.rate == "applies":
-                    used = [value for name, value in hyperparameters(after).items() if name.endswith("learning_rate")]
-                    # Groups may have several, some unseen: then there is none for all updates.
-                    one = len(used) == 1 and len(part.init.spec.inner) < 2
-                    inner = inner._replace(applied=True, learning_rate=used[0] if one else None)
+                    inner = inner._replace(applied=True, learning_rate=_one_rate(part, before))
                 if _rounds(part):
                     inner = inner._replace(rounded=True)
             if not _applies(part) and hides_rate(part):
@@ -107,6 +97,12 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
 
     spec = Spec(chain, bind(chain, stages, {}), init, update, flow, tuple(stages))
     return transformation(spec)
+
+
+def _one_rate(tx: Any, state: Any) -> Callable[[], Any] | None:
+    """What gives the learning rate that a step applies; `None` where groups have several, or some unseen."""
+    rates = applied_rates(tx, state)
+    return rates[0][1] if len(rates) == 1 and len(tx.init.spec.inner) < 2 else None
 
 
 def _check_order(parts: tuple[Any, ...]) -> Flow:

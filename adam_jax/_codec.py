@@ -6,14 +6,17 @@ Every operation is exact, but for one addition and the rounding that is meant, s
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from adam_jax._sums import agreed
-from adam_jax._tree import finfo
+from adam_jax._tree import PyTree, finfo
 
 HALF = np.uint32(2**31)
 """The random bits that round to nearest, halves up."""
@@ -33,6 +36,36 @@ def float_of(bits: Array) -> Array:
 def _threshold(random: Any, dropped: int) -> Any:
     """As many random bits as are dropped: added to the others, they carry into them as often as is unbiased."""
     return (random >> np.uint32(32 - dropped)).astype(np.int32)
+
+
+def undifferentiable(tree: PyTree, message: str) -> PyTree:
+    """Returns a tree of arrays as it is, and refuses derivatives through it when they are traced.
+
+    What is rounded passes through here. JAX would take integers, and bits that are read as integers, for constants: the rest of
+    the derivative would be a number, and wrong. One call takes all leaves, because each call costs time to trace.
+
+    Args:
+      tree: arrays that are to be rounded.
+      message: what the error says.
+
+    Raises:
+      ValueError: where a derivative is taken with respect to something on which one of the arrays depends.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, _refusing(message)(*leaves)) if leaves else tree
+
+
+@functools.cache
+def _refusing(message: str) -> Callable[..., Any]:
+    @jax.custom_jvp
+    def same(*leaves: Any) -> tuple[Any, ...]:
+        return leaves
+
+    @same.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise ValueError(message)
+
+    return same
 
 
 def to_float(x: Array, dtype: Any, random: Any, positive: bool = False) -> Array:
@@ -199,6 +232,11 @@ class Codec:
         largest = agreed(largest, lax.pmax, like=unit).astype(np.int32)
         octave = exponent + (self._even(largest, coarse) >> _FRACTION)
         return jnp.where(largest == 0, UNKNOWN, self._clear(octave))
+
+    def top(self, unit: Any) -> Array:
+        """The largest number that the codes of a unit can be, float32, of its shape."""
+        last = int(np.iinfo(self.dtype).max)
+        return self.widen(jnp.where(unit == UNKNOWN, np.int32(min(_OCTAVES, last)), np.int32(last)), unit)
 
     def _clear(self, octave: Any) -> Any:
         """The unit's exponent with which code octave `octave` is the last but one of the fine ones, and no factor overflows."""

@@ -1,106 +1,164 @@
-"""What a configuration is made of: the parts of a transformation with their states, and what their moments mean.
+"""What a configuration is made of: its stages with their states, what their moments mean, and whether a state fits it.
 
-What two configurations share is decided by what their memories mean, not by what these are called: ν is a mean of squares in
+What two configurations share is decided by what their moments mean, not by what these are called: ν is a mean of squares in
 Adam, of (g − μ)² in AdaBelief, and a maximum in AdaMax, each in a field `nu` of the same shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from adam_jax._bias import correct_bias
-from adam_jax._moments import track_moments
-from adam_jax._refine import keep_maximum, mix_slow_mean
-from adam_jax._transformation import Transformation, rewrapped, show, wrapped
+import jax
 
-NU_MEANINGS = {
-    "square": "the mean of squared {}",
-    "yogi": "the mean of squared {}",  # by another path to it
-    "belief": "the mean of squared distances of {} from μ",
-    "infinity": "the decaying maximum of {}",
-}
+from adam_jax._spec import Definition, rewrapped, show, wrapped
+from adam_jax._transformation import Transformation
+from adam_jax.storage import MomentSlot
 
 
-class Part(NamedTuple):
-    """A stage, a wrapper or a transformation of others, in its place in a configuration.
+class StageInstance(NamedTuple):
+    """A stage, a wrapper or a transformation of another library, in its place in a configuration.
 
     Attributes:
-      place: in the state.
+      place: where its state is, as `jax.tree_util.keystr` writes it.
       tx: the transformation.
-      state: its state; of a wrapper with what is inside.
-      group: that of `by_path` it is in, "" outside.
-      key: its name, and how many of that name come before in its group: what it is paired by.
+      state: its state; that of a wrapper holds the states inside.
+      group: the names of the groups of `by_path` around it, from the outermost on.
+      key: its name, its group, and how many of that name come before in its group. Stages are paired by it.
       meanings: what its moments are, by field.
     """
 
     place: str
     tx: Any
     state: Any
-    group: str
-    key: tuple[str, str, int]
+    group: tuple[str, ...]
+    key: tuple[str, tuple[str, ...], int]
     meanings: dict[str, str]
 
     @property
-    def said(self) -> dict[str, Any]:
-        return dict(self.tx.init.spec.arguments.arguments) if isinstance(self.tx, Transformation) else {}
+    def definition(self) -> Definition | None:
+        """What it says about itself; `None` for a transformation of another library."""
+        return definition_of(self.tx)
+
+    @property
+    def slots(self) -> dict[str, MomentSlot]:
+        """Its moments, by field."""
+        return slots_of(self.tx)
 
 
-def walk(tx: Any, state: Any, place: str = "", group: str = "") -> Iterator[tuple[str, str, Any, Any]]:
-    """The parts of a configuration in the order in which updates meet them, with place and group."""
+def definition_of(tx: Any) -> Definition | None:
+    """What a stage says about itself; `None` for a transformation of another library."""
+    return tx.init.spec.definition if isinstance(tx, Transformation) else None
+
+
+def slots_of(tx: Any) -> dict[str, MomentSlot]:
+    """The moments of a stage, by field."""
+    definition = definition_of(tx)
+    return {slot.name: slot for slot in definition.slots} if definition else {}
+
+
+def gathering(tx: Any) -> list[str]:
+    """The moments of a stage whose weights its state has, in the order of the weights' columns."""
+    return [name for name, slot in slots_of(tx).items() if slot.gathers]
+
+
+def iter_stages(
+    tx: Any, state: Any, place: str = "", group: tuple[str, ...] = ()
+) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
+    """Yields place, group, transformation and state of each part of a configuration, in the order in which updates meet them.
+
+    A wrapper comes before what is inside.
+
+    Raises:
+      ValueError: if the state has other parts than the transformation.
+    """
     if isinstance(tx, Transformation) and tx.init.spec.stages:
         for i, (part, its) in enumerate(zip(tx.stages, state, strict=True)):
-            yield from walk(part, its, f"{place}[{i}]", group)
+            yield from iter_stages(part, its, f"{place}[{i}]", group)
         return
     yield place, group, tx, state
-    for inside, part, its in wrapped(tx, state):
-        # Groups are paired by their names, and what only guards what is inside is not one.
-        yield from walk(part, its, f"{place}{inside}", group + (inside if hasattr(state, "inner_states") else ""))
+    for inside, name, part, its in wrapped(tx, state):
+        yield from iter_stages(part, its, f"{place}{inside}", group if name is None else (*group, name))
 
 
-def rebuilt(tx: Any, state: Any, states: Iterator[Any]) -> Any:
-    """The state with that of each part, as `walk` meets them, taken from `states`."""
+def rebuilt(tx: Any, states: Iterator[Any]) -> Any:
+    """Returns the state of `tx` with that of each part, in the order of `iter_stages`, taken from `states`."""
     if isinstance(tx, Transformation) and tx.init.spec.stages:
-        return tuple(rebuilt(part, its, states) for part, its in zip(tx.stages, state, strict=True))
+        return tuple(rebuilt(part, states) for part in tx.stages)
     own = next(states)
-    inner = [rebuilt(part, its, states) for _, part, its in wrapped(tx, state)]
+    inner = [rebuilt(part, states) for _, _, part, _ in wrapped(tx, own)]
     return rewrapped(tx, own, inner) if inner else own
 
 
-def of_group(group: str) -> str:
-    return f" of {group.removeprefix('.inner_states')}" if group else ""
+def read_counters(tx: Any, state: Any) -> dict[str, str]:
+    """Returns the counters that schedules read: the field by the place of the stage's state."""
+    found: dict[str, str] = {}
+    moments, where = "", None
+    for place, group, part, own in iter_stages(tx, state):
+        definition = definition_of(part)
+        if group != where:
+            moments, where = "", group
+        if definition is None:
+            continue
+        if definition.counter == "count":
+            moments = place
+        if definition.hyperparameters.scheduled:
+            # A stage without a counter reads that of the moments.
+            at, field = (moments, "count") if definition.counter is None else (place, definition.counter)
+            if definition.counter is None or getattr(own, field, None) is not None:
+                found[at] = field
+    return found
 
 
-class Side:
-    """One of the two configurations, with a state: its parts, and what their moments mean."""
+def with_inside(state: Any, new: Mapping[int, Any]) -> Any:
+    """Returns a state with others in the place of some of its nodes, which are given by their `id`."""
+    return jax.tree.map(lambda node: new.get(id(node), node), state, is_leaf=lambda node: id(node) in new)
+
+
+def applied_rates(tx: Any, state: Any) -> list[tuple[tuple[str, ...], Callable[[], Any]]]:
+    """What gives the learning rates that a step from this state applies, in the order of the stages, each with its group."""
+    found: list[tuple[tuple[str, ...], Callable[[], Any]]] = []
+    for _, group, part, its in iter_stages(tx, state):
+        if isinstance(part, Transformation) and part.flow.rate == "applies" and not part.init.spec.inner:
+            (rate,) = part.init.spec.definition.hyperparameters.values()
+            found.append((group, functools.partial(rate.at, its.step, its.hyperparams)))
+    return found
+
+
+def of_group(group: tuple[str, ...]) -> str:
+    """Returns how a message names a group."""
+    return f" of {'/'.join(group)!r}" if group else ""
+
+
+class Configuration:
+    """A transformation with a state: its stages, and what their moments mean."""
 
     def __init__(self, tx: Any, state: Any) -> None:
-        self.parts: list[Part] = []
-        names: list[tuple[str, str]] = []
-        source, nu, corrected, where = "gradients", "", False, ""
-        for place, group, part, its in walk(tx, state):
-            build, said, flow = None, {}, None
+        self.stages: list[StageInstance] = []
+        names: list[tuple[str, tuple[str, ...]]] = []
+        source, nu, corrected = "gradients", "", False
+        where: tuple[str, ...] = ()
+        for place, group, part, its in iter_stages(tx, state):
             if group != where:
                 where, source, nu, corrected = group, "gradients", "", False
-            if isinstance(part, Transformation):
-                build, said = part.init.spec.build, part.init.spec.arguments.arguments
-                # A wrapper's flow is that of what is inside, which comes next.
-                flow = None if part.init.spec.inner else part.flow
-            meanings = {}
-            if build is track_moments:
-                nu, corrected = NU_MEANINGS[said["nu_rule"]].format(source), False
-                meanings = {"mu": f"the {said['mu_rule']} of {source}", "nu": nu}
-            elif build is correct_bias:
-                corrected |= said["nu"]
-            elif build is keep_maximum:
-                meanings = {"nu_max": f"the maximum of {nu}, {'corrected' if corrected else 'raw'}"}
-            elif build is mix_slow_mean:
-                meanings = {"mu_slow": f"the slow mean of {source}"}
+            definition = definition_of(part)
+            # The interface of a wrapper is that of what is inside, which comes next.
+            flow = part.flow if definition and not part.init.spec.inner else None
+            meanings = {
+                slot.name: slot.meaning.format(source, nu=f"{nu}, {'corrected' if corrected else 'raw'}")
+                for slot in (definition.slots if definition else ())
+                if hasattr(its, slot.name)
+            }
+            if flow and flow.gives == "moments" and flow.takes != "moments":
+                unsigned = [name for name, slot in slots_of(part).items() if not slot.signed]
+                nu, corrected = (meanings.get(unsigned[0], "") if unsigned else ""), False
+            if definition and "nu" in definition.corrects:
+                corrected = True
             if flow and flow.takes == "moments" and flow.gives == "updates":
                 source = "directions"  # what is averaged behind is no gradient
             if flow and flow.rate == "applies":
                 source = "steps"
-            name = build.__name__ if build else show(part), group
-            meanings = {field: what for field, what in meanings.items() if hasattr(its, field)}
-            self.parts.append(Part(place, part, its, group, (*name, names.count(name)), meanings))
+            name = part.init.spec.build.__name__ if definition else show(part), group
+            self.stages.append(StageInstance(place, part, its, group, (*name, names.count(name)), meanings))
             names.append(name)

@@ -14,19 +14,17 @@ from jax import Array
 from jax.scipy.special import xlogy
 
 from adam_jax._bias import LookAheadState, RectifyState
-from adam_jax._configuration import Part, Side, of_group, rebuilt, walk
-from adam_jax._hyperparams import Hyperparameter, complement
-from adam_jax._moments import NU_RULES, block_mean, grow
+from adam_jax._configuration import Configuration, StageInstance, gathering, iter_stages, of_group, read_counters, rebuilt
+from adam_jax._hyperparams import complement
+from adam_jax._moments import block_mean, grow
 from adam_jax._paths import is_box, paths, some, unboxed
-from adam_jax._transformation import Transformation, first_state, is_transformation, show, wrapped
-from adam_jax._tree import PyTree, lerp, over
+from adam_jax._spec import is_transformation, show, swapped, wrapped
+from adam_jax._transformation import Transformation, first_state
+from adam_jax._tree import PyTree, brief, over, scalar_dtype
 from adam_jax.storage import Resting, narrow_to_nearest, put_back, take_out
 
 BOOKKEEPING = ("count", "step", "hyperparams", "scales", "weights", "inner_state", "inner_states")
 """The fields that are no memory: they follow from the run or from the fields beside them."""
-
-COLUMNS = ("mu", "nu")
-"""The moments that have weights, in the order of these."""
 
 
 class Entry(NamedTuple):
@@ -104,15 +102,16 @@ def convert_state(
     """
     for name, tx in [("from_tx", from_tx), ("to_tx", to_tx)]:
         if not is_transformation(tx):
-            raise TypeError(f"convert_state: {name}: found {tx!r}; expected a gradient transformation.")
+            hint = swapped(tx, "convert_state")
+            raise TypeError(f"convert_state: {name}: found {brief(tx)}; expected a gradient transformation.{hint}")
     if any(type(node).__name__ == "OptArray" for node in jax.tree.leaves(state, is_leaf=is_box)):
         state, params = unboxed(state), unboxed(params)
     _expect_fit(state, from_tx, params)
     first = to_tx.init(params)
-    old, new = Side(from_tx, state), Side(to_tx, first)
-    conversion = _Conversion(old)
-    states = iter([conversion.part(part) for part in new.parts])
-    converted = Converted(rebuilt(to_tx, first, states), tuple(conversion.kept), tuple(conversion.fresh), conversion.dropped())
+    new = Configuration(to_tx, first)
+    conversion = _Conversion(from_tx, state)
+    states = iter([conversion.part(part) for part in new.stages])
+    converted = Converted(rebuilt(to_tx, states), tuple(conversion.kept), tuple(conversion.fresh), conversion.dropped())
     if not isinstance(from_tx, Transformation) and converted.dropped and not converted.kept:
         raise ValueError(
             f"convert_state: found from_tx of others, {show(from_tx)}, of whose state nothing can be kept; expected a "
@@ -124,7 +123,7 @@ def convert_state(
 class _Memory(NamedTuple):
     """A moment of the old configuration: the part that has it, its field, its leaves by path, and those that nobody took yet."""
 
-    part: Part
+    part: StageInstance
     field: str
     leaves: dict[str, _Source]
     left: dict[str, _Source]
@@ -133,7 +132,7 @@ class _Memory(NamedTuple):
 class _Source(NamedTuple):
     """A leaf on its way: the part that it comes from, its field, its place among the leaves, and its form at rest."""
 
-    part: Part
+    part: StageInstance
     field: str
     row: int
     at_rest: Resting
@@ -145,7 +144,7 @@ class _Source(NamedTuple):
     @property
     def weight(self) -> Array:
         """What the moment has gathered, as two floats."""
-        return self.its(self.part.state.weights, 2)[:, COLUMNS.index(self.field)]
+        return _weight_of(self.part, self.field, self.row)
 
     @property
     def divisor(self) -> Array:
@@ -156,27 +155,30 @@ class _Source(NamedTuple):
 class _Conversion:
     """Fills the parts of the new configuration, one after the other, from the old one, and keeps the record."""
 
-    def __init__(self, old: Side) -> None:
+    def __init__(self, tx: Any, state: Any) -> None:
+        old = Configuration(tx, state)
         self.kept: list[Entry] = []
         self.fresh: list[Entry] = []
         self.misfits: list[Entry] = []
-        self.partners = {part.key: part for part in old.parts}
+        self.partners = {part.key: part for part in old.stages}
         self.unpaired = dict(self.partners)
-        self.read: set[tuple[str, str, int]] = set()
+        self.read: set[tuple[str, tuple[str, ...], int]] = set()
         self.memories: list[_Memory] = []
+        self.made: dict[Any, Array] = {}
         self.moments: dict[str, list[_Source | None]] = {}
-        for part in old.parts:
+        for part in old.stages:
             for field in part.meanings:
                 tree = getattr(part.state, field)
                 at_rest = zip(paths(tree), take_out(field, tree, part.state.scales), strict=True)
                 leaves = {path: _Source(part, field, row, leaf) for row, (path, leaf) in enumerate(at_rest)}
                 self.memories.append(_Memory(part, field, leaves, dict(leaves)))
         # A count that serves random bits alone is not the step that schedules have reached.
-        read = [part for part in old.parts if _is_ours(part, "hyperparams")] or old.parts
-        counts = [getattr(part.state, name) for part in read for name in ("count", "step") if _is_ours(part, name)]
+        tracking = {part.place: "count" for part in old.stages if part.definition and part.definition.counter == "count"}
+        reads = read_counters(tx, state) or tracking
+        counts: list[Array] = [getattr(part.state, reads[part.place]) for part in old.stages if part.place in reads]
         self.count = functools.reduce(jnp.maximum, counts) if counts else None
 
-    def part(self, part: Part) -> Any:
+    def part(self, part: StageInstance) -> Any:
         """The state of a part of the new configuration."""
         partner = self.unpaired.pop(part.key, None)
         if not isinstance(part.tx, Transformation):
@@ -194,14 +196,15 @@ class _Conversion:
             if field in part.meanings:
                 new[field], scales = self._moment(part, field, scales)
             elif field in ("count", "step"):
-                new[field] = value if theirs is None and self.count is None else self.count if theirs is None else theirs
+                reached = self.count if theirs is None else theirs
+                new[field] = value if value is None or reached is None else reached
             elif field == "hyperparams":
-                record = {name: v for name, v in (theirs or {}).items() if name != "nu_init"}
-                new[field] = {name: jnp.asarray(record.get(name, v)).astype(v.dtype) for name, v in value.items()}
+                kept = theirs or {}
+                new[field] = {name: jnp.asarray(kept.get(name, v)).astype(v.dtype) for name, v in value.items()}
             elif field == "weights":
                 new[field] = self._weights(part)
             elif isinstance(part.state, LookAheadState) and field == "weight":
-                new[field] = self._look_ahead(part)
+                new[field] = None if value is None else self._look_ahead(part)
             elif isinstance(part.state, RectifyState) and field == "age":
                 new[field] = self._age(part)
             elif field not in BOOKKEEPING:
@@ -224,11 +227,11 @@ class _Conversion:
                     found.append(self._entry(part, field))
         return tuple(found) + tuple(self.misfits)
 
-    def _entry(self, part: Part, field: str, what: str = "", note: str = "") -> Entry:
+    def _entry(self, part: StageInstance, field: str, what: str = "", note: str = "") -> Entry:
         what = what or part.meanings.get(field) or f"{field or 'the state'} of {part.key[0]}{of_group(part.group)}"
         return Entry(f"{part.place}.{field}" if field else part.place, what, note)
 
-    def _moment(self, part: Part, field: str, scales: Any) -> tuple[PyTree, Any]:
+    def _moment(self, part: StageInstance, field: str, scales: Any) -> tuple[PyTree, Any]:
         """A moment at rest, each leaf from the one of the same meaning wherever that was, and the scales of its state."""
         tree = getattr(part.state, field)
         its = paths(tree)
@@ -263,12 +266,12 @@ class _Conversion:
         memory = next(memories, None)
         return None if memory is None else memory.left.pop(path)
 
-    def _beside_mu(self, part: Part, field: str, i: int) -> bool:
+    def _beside_mu(self, part: StageInstance, field: str, i: int) -> bool:
         """Whether a leaf has a fresh ν, of which the next update is already made, beside a μ that is kept."""
         kept = field == "nu" and "mu" in part.meanings and self.moments["mu"][i] is not None
-        return kept and self.moments["nu"][i] is None and not part.said["nu_delay"]
+        return kept and self.moments["nu"][i] is None and not part.slots["nu"].delayed
 
-    def _nu_of_mu(self, part: Part, i: int, start: Resting) -> Resting:
+    def _nu_of_mu(self, part: StageInstance, i: int, start: Resting) -> Resting:
         """ν after a step whose gradient was μ, corrected for its bias.
 
         μ/√ν is bounded because both have seen the same gradients. A ν that has seen but the next one would make an update without
@@ -276,78 +279,87 @@ class _Conversion:
         """
         source = self.moments["mu"][i]
         assert source is not None
-        rule, nu = NU_RULES[part.said["nu_rule"]], start.widen()
+        nu = start.widen()
         g = over(source.at_rest.widen(), source.divisor)
-        seen = _in_blocks(rule.sees(g, jnp.zeros_like(g)), nu.shape).astype(nu.dtype)
-        rate = self._nu_rate(part).astype(nu.dtype)
-        nu = rule.moves(nu, seen, lambda nu, seen: lerp(nu, seen, rate), 1 - rate, rate, jnp.zeros_like(rate))
-        return narrow_to_nearest(nu, start, signed=False)
+        make = part.slots["nu"].of_gradient
+        assert make is not None
+        return narrow_to_nearest(make(g, nu, self._nu_rate(part).astype(nu.dtype)), start, signed=False)
 
-    def _nu_rate(self, part: Part) -> Array:
+    def _nu_rate(self, part: StageInstance) -> Array:
         """1 − b2 at the step that the run has reached."""
-        count = jnp.zeros((), jnp.int32) if self.count is None else self.count
-        return complement(Hyperparameter("b2", part.said["b2"]).at(count), part.state.weights.dtype)
+        return _rate_of(part, "nu", jnp.zeros((), jnp.int32) if self.count is None else self.count)
 
-    def _weights(self, part: Part) -> Array:
-        """The weights of the moments that `part` has been given, in a tracking stage's two columns; new ones have none."""
-        none = part.state.weights[:, 0]
+    def _weights(self, part: StageInstance) -> Array | None:
+        """The weights of the moments that `part` has been given, in the columns of its stage; new ones have none."""
+        none, names = part.state.weights, gathering(part.tx)
+        both = {name: self._column(part, name) for name in ("mu", "nu")}
+        self.leaves: tuple[int, ...] = max((c.shape[1:] for c in both.values()), key=len)
+        self.columns = {name: self._spread(column, 1) for name, column in both.items()}
+        return None if none is None else jnp.stack([self.columns[name] for name in names], axis=1)
 
-        def column(field: str) -> Array:
-            weight = self._gathered(part, field)
-            if field not in part.meanings:
-                return weight
-            beside = np.array([self._beside_mu(part, field, i) for i in range(len(self.moments[field]))])
-            if beside.any():
-                rate = self._nu_rate(part) if NU_RULES[part.said["nu_rule"]].weighs else jnp.ones_like(none[0])
-                mu = self._gathered(part, "mu")
-                seen = jnp.where(mu[0] > 0, grow(none, rate).reshape(2, *[1] * (mu.ndim - 1)), jnp.zeros_like(mu))
-                each = [w if beside.all() or w.ndim > 1 else w[:, None] for w in (seen, weight)]
-                weight = seen if beside.all() else jnp.where(jnp.asarray(beside), each[0], each[1])
-            if field == "nu" and part.said["nu_delay"]:
-                weight = jnp.stack([(weight[0] > 0).astype(none.dtype), jnp.zeros_like(weight[1])])
+    def _column(self, part: StageInstance, field: str) -> Array:
+        """The weight of one moment, one or one per leaf; that of a moment that `part` has not, where the other comes from."""
+        weight = self._gathered(part, field)
+        if field not in part.meanings:
             return weight
+        none, slot = jnp.zeros(2, weight.dtype), part.slots[field]
+        beside = np.array([self._beside_mu(part, field, i) for i in range(len(self.moments[field]))])
+        if beside.any():
+            rate = self._nu_rate(part) if slot.gathers or not _is_whole(part, field) else jnp.ones_like(none[0])
+            mu = self._gathered(part, "mu")
+            seen = jnp.where(mu[0] > 0, grow(none, rate).reshape(2, *[1] * (mu.ndim - 1)), jnp.zeros_like(mu))
+            each = [w if beside.all() or w.ndim > 1 else w[:, None] for w in (seen, weight)]
+            weight = seen if beside.all() else jnp.where(jnp.asarray(beside), each[0], each[1])
+        if slot.delayed:
+            weight = jnp.stack([(weight[0] > 0).astype(none.dtype), jnp.zeros_like(weight[1])])
+        return weight
 
-        columns = [column(field) for field in COLUMNS]
-        self.leaves: tuple[int, ...] = max((c.shape[1:] for c in columns), key=len)
-        self.columns = [self._spread(c, 1) for c in columns]
-        return jnp.stack(self.columns, axis=1)
-
-    def _gathered(self, part: Part, field: str) -> Array:
+    def _gathered(self, part: StageInstance, field: str) -> Array:
         """The weight that a moment has gathered, one or one a leaf; that of one `part` has not, where the other comes from."""
-        none = part.state.weights
-        (sources, *_) = (self.moments[its] for its in (field, *COLUMNS) if its in part.meanings)
-        weights = [none if source is None else source.its(source.part.state.weights, 2) for source in sources]
-        return _together(weights, none)[:, COLUMNS.index(field)]
+        none = jnp.zeros(2, _scalars_of(part))
+        (sources, *_) = (self.moments[its] for its in (field, "mu", "nu") if its in part.meanings)
+        weights = [none if source is None else self._weight_of(source, field) for source in sources]
+        return _together(weights, none)
+
+    def _weight_of(self, source: _Source, field: str) -> Array:
+        """`_weight_of`, made once, so that leaves which have one weight in common have the very same one."""
+        weights = source.part.state.weights
+        key = source.part.key, field, source.row if weights is not None and weights.ndim > 2 else None
+        if key not in self.made:
+            self.made[key] = _weight_of(source.part, field, source.row)
+        return self.made[key]
 
     def _spread(self, weight: Array, ndim: int) -> Array:
         """A weight of `ndim` dimensions with an entry a leaf where the moments' own have one."""
         weight = weight[..., None] if self.leaves and weight.ndim == ndim else weight
         return jnp.broadcast_to(weight, weight.shape[:ndim] + self.leaves)
 
-    def _there(self, part: Part, source: _Source) -> Part | None:
+    def _there(self, part: StageInstance, source: _Source) -> StageInstance | None:
         """The part that did for a leaf, where it comes from, what `part` does."""
         name, _, nth = part.key
         key = name, source.part.group, nth
         self.read.add(key)
         return self.partners.get(key)
 
-    def _look_ahead(self, part: Part) -> Array:
+    def _look_ahead(self, part: StageInstance) -> Array:
         """What the look ahead divides by, which has to fit the weight that μ has gathered."""
         none, weights, notes = part.state.weight, [], {}
         for i, source in enumerate(self.moments.get("mu", ())):
             there = source and self._there(part, source)
             if source is not None:
-                notes["the weight of μ" if there is None else ""] = True
-            mine = self.columns[0] if self.columns[0].ndim == 1 else self.columns[0][:, i]
-            weights.append(none if source is None else mine if there is None else source.its(there.state.weight, 1))
+                notes["" if there is not None and there.state.weight is not None else "the weight of μ"] = True
+            column = self.columns["mu"]
+            mine = column if column.ndim == 1 else column[:, i]
+            own = there is not None and there.state.weight is not None
+            weights.append(none if source is None else source.its(there.state.weight, 1) if own and there else mine)
         if notes:
             self.kept.append(self._entry(part, "weight", "the weight that the look ahead divides by", "".join(notes)))
         return self._spread(_together(weights, none), 1)
 
-    def _age(self, part: Part) -> Array:
+    def _age(self, part: StageInstance) -> Array:
         """The mean age of ν: recorded, or what its weight says at the decay that the old configuration had."""
         none, ages, notes = part.state.age, [], {}
-        weight = self.columns[1].astype(none.dtype)
+        weight = self.columns["nu"].astype(none.dtype)
 
         made: dict[Any, Array] = {}  # so that leaves which have one age in common have the same one
         for i, source in enumerate(self.moments.get("nu", ())):
@@ -367,7 +379,7 @@ class _Conversion:
             self.kept.append(self._entry(part, "age", "the mean age of ν", "".join(notes)))
         return self._spread(_together(ages, none), 0)
 
-    def _alike(self, part: Part, partner: Part | None, field: str, value: Any, theirs: Any) -> Any:
+    def _alike(self, part: StageInstance, partner: StageInstance | None, field: str, value: Any, theirs: Any) -> Any:
         """What a stage remembers that is no moment: kept where its partner has it in the same form."""
         if not jax.tree.leaves(value) and not jax.tree.leaves(theirs):
             return value
@@ -380,7 +392,7 @@ class _Conversion:
             self.fresh.append(self._entry(part, field))
         return value
 
-    def _foreign(self, part: Part, partner: Part | None) -> Any:
+    def _foreign(self, part: StageInstance, partner: StageInstance | None) -> Any:
         """The state of a transformation of others."""
         same = partner is not None and part.tx == partner.tx
         if not same and (_holds_moments(part.state) or (partner is not None and _holds_moments(partner.state))):
@@ -399,11 +411,12 @@ class _Conversion:
         return part.state
 
 
-def _moved(source: _Source, like: Resting, part: Part, field: str) -> tuple[Resting, list[str]]:
+def _moved(source: _Source, like: Resting, part: StageInstance, field: str) -> tuple[Resting, list[str]]:
     """A leaf at rest as `part` keeps it, and what was done to it."""
     array, start = source.at_rest.array, like.array
-    whole = field == "nu" and part.said["nu_delay"] and not source.part.said["nu_delay"]
-    if array.dtype == start.dtype and array.shape == start.shape and not whole:
+    whole = part.slots[field].delayed and not source.part.slots[source.field].delayed
+    shared, sharing = (None if scale is None else scale.shape for scale in (source.at_rest.scale, like.scale))
+    if array.dtype == start.dtype and array.shape == start.shape and shared == sharing and not whole:
         return source.at_rest, []
     x, notes = source.at_rest.widen(), []
     if whole:
@@ -415,17 +428,57 @@ def _moved(source: _Source, like: Resting, part: Part, field: str) -> tuple[Rest
         x = _in_blocks(x, start.shape)
     if array.dtype != start.dtype:
         notes.append(f"{array.dtype} → {start.dtype}")
-    return narrow_to_nearest(x, like, signed=field in ("mu", "mu_slow")), notes
+    elif array.shape == start.shape and shared != sharing:
+        notes.append(f"scales of shape {shared} → {sharing}")
+    return narrow_to_nearest(x, like, signed=part.slots[field].signed), notes
 
 
-def _age_of(high: Array, low: Array, old: Part) -> Array:
+def _scalars_of(part: StageInstance) -> Any:
+    weights = getattr(part.state, "weights", None)
+    return scalar_dtype(part.state) if weights is None else weights.dtype
+
+
+def _rate_of(part: StageInstance, field: str, count: Array) -> Array:
+    """1 − the decay of a moment, at the step before which `count` were taken."""
+    decay = part.slots[field].decay
+    assert part.definition is not None
+    assert decay is not None
+    rate: Array = complement(part.definition.hyperparameters[decay].at(count, part.state.hyperparams), _scalars_of(part))
+    return rate
+
+
+def _is_whole(part: StageInstance, field: str) -> bool:
+    """Whether a moment has all of its weight at once: the sum, the maximum, and a gradient that is not averaged."""
+    slot = part.slots.get(field)
+    return slot is None or slot.whole
+
+
+def _weight_of(part: StageInstance, field: str, row: int) -> Array:
+    """What a moment of a stage has gathered, as two floats. Where the state does not keep it, it follows from the count."""
+    columns, weights = gathering(part.tx), part.state.weights
+    if field in columns:
+        kept: Array = weights[:, columns.index(field)]
+        return kept if weights.ndim == 2 else kept[:, row]
+    count, none = part.state.count, jnp.zeros(2, _scalars_of(part))
+    if _is_whole(part, field):
+        # Before the first step it has none, like every other moment. After `reset` of some leaves the other moment says so.
+        begun = weights[0, 0] if weights is not None and weights.ndim == 2 else weights[0, 0, row] if columns else count
+        whole: Array = jnp.stack([(begun > 0).astype(none.dtype), none[1]])
+        return whole
+    gathered: Array = jax.lax.fori_loop(
+        0, count, lambda i, weight: grow(weight, _rate_of(part, field, jnp.asarray(i, jnp.int32))), none
+    )
+    return gathered
+
+
+def _age_of(high: Array, low: Array, old: StageInstance) -> Array:
     """The mean age of a ν of the weight high + low.
 
     A ν of t steps has the weight w = 1 − b2ᵗ and the mean age 1/(1 − b2) − t·b2ᵗ/w, for a young one a difference of large
     numbers. With x = −log b2, X = t·x and 1/(1 − e⁻ˣ) = 1/x + 1/2 + x/12 − x³/720 …, these cancel.
     """
     steps = old.state.count
-    rate = complement(Hyperparameter("b2", old.said["b2"]).at(jnp.maximum(steps - 1, 0)), high.dtype)
+    rate = _rate_of(old, "nu", jnp.maximum(steps - 1, 0)).astype(high.dtype)
     left, per_step, in_all = (1 - high) - low, -jnp.log1p(-rate), -jnp.log1p(-high)
     long = 1 / rate + xlogy(left, left) / (per_step * jnp.where(high > 0, high, 1))
 
@@ -465,10 +518,6 @@ def _own(state: Any) -> Any:
     return state._replace(**{name: None for name in ("inner_state", "inner_states") if hasattr(state, name)})
 
 
-def _is_ours(part: Part, field: str) -> bool:
-    return isinstance(part.tx, Transformation) and field in getattr(part.state, "_fields", ())
-
-
 def _holds_moments(state: Any) -> bool:
     """Whether moments of this package are somewhere in a state."""
 
@@ -478,7 +527,7 @@ def _holds_moments(state: Any) -> bool:
     return any(map(is_stage, jax.tree.leaves(state, is_leaf=is_stage)))
 
 
-def _hidden(part: Part, side: str) -> str:
+def _hidden(part: StageInstance, side: str) -> str:
     return (
         f"convert_state: {show(part.tx)}{f' at {part.place}' if part.place else ''} of {side} has moments inside and does not "
         f"show what they mean, and the other side does not have the same one. Convert the state inside it, for example "
@@ -507,9 +556,9 @@ def _expect_fit(state: Any, tx: Any, params: PyTree) -> None:
     """Refuses a state that is not one of `tx` for `params`."""
 
     def arrays(tree: Any) -> dict[str, Any]:
-        # The bits that parameters lost are theirs, and these may have another dtype from now on; a record is not needed.
+        # The bits that parameters lost are theirs, and these may have another dtype from now on.
         located = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-        return {place: leaf for place, leaf in located if ".lost" not in place and ".hyperparams[" not in place}
+        return {place: leaf for place, leaf in located if ".lost" not in place}
 
     remedy = "Pass a state that from_tx made, and parameters of the shapes that it was made for."
     expected_state = first_state(tx, params, "convert_state")
@@ -527,7 +576,7 @@ def _expect_fit(state: Any, tx: Any, params: PyTree) -> None:
                 f"{show(tx)} makes it for these parameters. {remedy}"
             )
     try:
-        list(walk(tx, state))
+        list(iter_stages(tx, state))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"convert_state: found a state of the structure {jax.tree.structure(state)}; expected "

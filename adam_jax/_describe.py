@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +13,12 @@ import optax
 from adam_jax import _table
 from adam_jax._apply import decaying, scale_by_learning_rate
 from adam_jax._audit import StateBytes, bytes_of, state_bytes
+from adam_jax._hyperparams import Multiplied, Settable
 from adam_jax._paths import Parameters, is_scale, owner, paths
-from adam_jax._transformation import Transformation, first_state, is_transformation, show
-from adam_jax._tree import PyTree, dtype_of, takes_part
-from adam_jax.groups import DEFAULT, Multiplied, by_path, labels, only
+from adam_jax._spec import is_transformation, show, spec_of, swapped
+from adam_jax._transformation import Transformation, first_state
+from adam_jax._tree import PyTree, brief, dtype_of, takes_part
+from adam_jax.groups import DEFAULT, by_path, labels, only
 
 
 class Leaf(NamedTuple):
@@ -49,10 +53,12 @@ class Description(NamedTuple):
     Attributes:
       leaves: the parameters.
       totals: bytes of everything together.
+      labels: how the table shows the fields of states, where not by their names.
     """
 
     leaves: tuple[Leaf, ...]
     totals: StateBytes
+    labels: Mapping[str, str] = MappingProxyType({})
 
     def as_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts: what `json.dumps` takes."""
@@ -83,7 +89,7 @@ class Description(NamedTuple):
                 "×".join(map(str, leaf.shape)) or "scalar",
                 leaf.dtype,
                 leaf.group,
-                ", ".join(f"{SHORT.get(field, field)} {dtype}" for field, dtype in leaf.state.items()) or "nothing",
+                ", ".join(f"{self.labels.get(field, field)} {dtype}" for field, dtype in leaf.state.items()) or "nothing",
                 f"{leaf.bytes:,}",
                 *(value if isinstance(value, str) else f"{value:g}" for value in (leaf.rate, leaf.decay)),
             )
@@ -93,7 +99,6 @@ class Description(NamedTuple):
 
 HEADS = ("path", "shape", "dtype", "group", "state", "bytes", "rate", "decay")
 NUMBERS = ("bytes", "rate", "decay")
-SHORT = {"mu": "μ", "nu": "ν", "mu_slow": "slow μ", "nu_max": "largest ν"}
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
@@ -110,7 +115,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
       ValueError: if the patterns of `by_path`, or the masks of weight decay, do not fit the parameters.
     """
     if not is_transformation(tx):
-        raise TypeError(f"describe: found {show(tx)}; expected a gradient transformation, and the parameters after it.")
+        hint = swapped(tx, "describe")
+        raise TypeError(f"describe: found {brief(tx)}; expected a gradient transformation, and the parameters after it.{hint}")
     located = jax.tree_util.tree_flatten_with_path(params)[0]
     shapes = Parameters({keys: np.shape(leaf) for keys, leaf in located})
     scales = dict.fromkeys(shapes, 0)
@@ -139,7 +145,18 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                 decay=0.0 if not takes_part(leaf) else its.decay if its.known else "unknown",
             )
         )
-    return Description(tuple(leaves), state_bytes(tx, params))
+    return Description(tuple(leaves), state_bytes(tx, params), _labels(tx))
+
+
+def _labels(tx: Any) -> dict[str, str]:
+    """How tables show the moments of all stages, by field."""
+    spec = spec_of(tx)
+    if spec is None:
+        return {}
+    found = {slot.name: slot.label for slot in spec.definition.slots if slot.label}
+    for part in (*spec.stages, *spec.inner.values()):
+        found |= _labels(part)
+    return found
 
 
 class _Met(NamedTuple):
@@ -186,5 +203,7 @@ def _met(tx: Any, params: PyTree) -> dict[str, _Met]:
 def _said(value: Any) -> float | str:
     """A hyperparameter, as far as it can be said before the run."""
     if isinstance(value, Multiplied):
-        return f"{_said(value.schedule)} × {_said(value.factor)}"
+        return f"{_said(value.base)} × {_said(value.factor)}"
+    if isinstance(value, Settable):
+        return "settable"
     return "schedule" if callable(value) else "traced" if isinstance(value, jax.core.Tracer) else float(value)

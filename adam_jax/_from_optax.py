@@ -12,6 +12,7 @@ from jax.tree_util import GetAttrKey
 
 from adam_jax._memories import KINDS, Run, all_leaves, decays, fill, memories, read, same_kinds, same_leaves, trained, whole
 from adam_jax._paths import RAW, path_of, some
+from adam_jax._settings import set_settable
 from adam_jax._transformation import first_state
 from adam_jax._tree import PyTree, takes_part
 
@@ -107,7 +108,8 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     if count not in (None, known):
         raise ValueError(f"{who}: found count={count}, and {known} in the state; expected none where the state has one.")
     trees = {kind: all_leaves(its) for kind, its in found.items()}
-    return fill(tx, params, Run(known, known if steps is None else steps, trees), who)
+    made = fill(tx, params, Run(known, known if steps is None else steps, trees), who)
+    return set_settable(made, tx, _injected(state))
 
 
 def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
@@ -202,15 +204,22 @@ def _agreed(counts: dict[str, Any], who: str) -> int | None:
     return next(iter(numbers.values()), None)
 
 
-def _expect_decays(state: Any, ours: Mapping[str, Mapping[str, Any]], who: str) -> None:
-    """Refuses decays that are not those of `tx`, where `optax.inject_hyperparams` keeps them."""
+def _injected(state: Any) -> dict[str, Any]:
+    """The hyperparameters that `optax.inject_hyperparams` keeps."""
 
-    def says(node: Any) -> bool:
+    def keeps(node: Any) -> bool:
         return isinstance(getattr(node, "hyperparams", None), dict)
 
-    for node in filter(says, jax.tree.leaves(state, is_leaf=says)):
+    nodes = filter(keeps, jax.tree.leaves(state, is_leaf=keeps))
+    return {name: value for node in nodes for name, value in node.hyperparams.items()}
+
+
+def _expect_decays(state: Any, ours: Mapping[str, Mapping[str, Any]], who: str) -> None:
+    """Refuses decays that are not those of `tx`, where `optax.inject_hyperparams` keeps them."""
+    injected = _injected(state)
+    if injected:
         for name, kind in [("b1", "mu"), ("b2", "nu"), ("b2", "infinity"), ("b2", "belief"), ("momentum", "trace")]:
-            theirs, its = node.hyperparams.get(name), {*ours.get(kind, {}).values()}
+            theirs, its = injected.get(name), {*ours.get(kind, {}).values()}
             if theirs is None or len(its) != 1 or not isinstance(value := its.pop(), (int, float)):
                 continue
             if not np.isclose(float(theirs), value, rtol=1e-6, atol=0):

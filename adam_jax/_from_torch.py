@@ -19,7 +19,7 @@ from adam_jax._params_from_torch import Layouts, Names, Pair, expect_table, numb
 from adam_jax._paths import some
 from adam_jax._torch_settings import expect_decays, expect_settings
 from adam_jax._transformation import Transformation, first_state
-from adam_jax._tree import PyTree
+from adam_jax._tree import PyTree, brief
 from adam_jax.groups import by_path
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu", "exp_inf": "infinity", "max_exp_avg_sq": "raw nu_max"}
@@ -211,7 +211,7 @@ def _called(groups: list[Any], names: Sequence[str] | None, who: str) -> dict[in
     numbers = [i for group in groups for i in group["params"]]
     strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     if names is not None and not strings:
-        raise TypeError(f"{who}: names: found {names!r}; expected a list of strings.")
+        raise TypeError(f"{who}: names: found {brief(names)}; expected a list of strings.")
     if names is None:
         if any("param_names" not in group for group in groups):
             raise ValueError(

@@ -1,9 +1,10 @@
-"""Hyperparameters: numbers, traced scalars or schedules, one and the same to every stage, and readable from the state."""
+"""Hyperparameters: numbers, traced scalars, schedules, and numbers that are kept in the state so that they can be set."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -11,18 +12,79 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from adam_jax._tree import brief
+
 Scalar: TypeAlias = float | Array
-ScalarOrSchedule: TypeAlias = Scalar | Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settable:
+    """A hyperparameter that is kept in the state. `settable` makes it.
+
+    Attributes:
+      value: the value in a fresh state.
+    """
+
+    value: Any
+
+    def __repr__(self) -> str:
+        return f"settable({self.value!r})"
+
+
+ScalarOrSchedule: TypeAlias = Scalar | Callable[[Any], Any] | Settable
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplied:
+    """A schedule or a settable number, times a factor.
+
+    Attributes:
+      base: the schedule, or the settable number, whose state holds it without the factor.
+      factor: a number or a traced scalar.
+    """
+
+    base: Any
+    factor: Any
+
+    def __call__(self, count: Any) -> Any:
+        """Returns the value of the schedule at a step, times the factor."""
+        return self.base(count) * self.factor
+
+
+def settable(value: Scalar) -> Settable:
+    """Keeps a hyperparameter in the state, from which every step reads it.
+
+        tx = adamw(settable(1e-3))
+        state = tx.init(params)
+        state = set_hyperparameters(state, tx, learning_rate=3e-4)     # no step is compiled again
+        state = optax.tree.set(state, learning_rate=3e-4)              # the same
+
+    Args:
+      value: a number or a traced scalar, the value in a fresh state. A state that is handed on keeps its own.
+
+    Returns:
+      What any hyperparameter of any optimizer and stage takes in place of a number.
+
+    Raises:
+      TypeError: for a schedule. What is computed from the step cannot be set.
+    """
+    if callable(value) or isinstance(value, Settable):
+        raise TypeError(f"settable: found {brief(value)}; expected a number or a traced scalar. A schedule cannot be set.")
+    return Settable(value)
 
 
 class Hyperparameter:
     """A validated hyperparameter.
 
     Args:
-      name: as the user knows it; errors and the state's record use it.
-      value: a Python or NumPy number, a JAX scalar (traced or not), or a schedule: a callable from the number of steps
-        already taken (int32, 0 at the first) to a scalar.
+      name: as the user knows it. Errors, the state and `hyperparameters` use it.
+      value: a Python or NumPy number, a JAX scalar (traced or not), a schedule (a callable from the number of steps already
+        taken, int32, 0 at the first, to a scalar), or what `settable` returns.
       within: the interval that a number has to lie in, as mathematics writes it: "[0, 1)".
+
+    Attributes:
+      scheduled: whether it depends on the step.
+      settable: whether the state keeps it.
 
     Raises:
       TypeError: if `value` is none of those.
@@ -34,13 +96,22 @@ class Hyperparameter:
         self.name = name
         self.value = value
         self.within = within
-        if not callable(value):
-            self._check(value, name)
+        base = value.base if isinstance(value, Multiplied) else value
+        self.settable = isinstance(base, Settable)
+        self.scheduled = callable(value) and not self.settable
+        if not self.scheduled:
+            self._check(self.first, name)
+
+    @property
+    def first(self) -> Any:
+        """What a fresh state keeps: the number without the factor of its group."""
+        base = self.value.base if isinstance(self.value, Multiplied) else self.value
+        return base.value if isinstance(base, Settable) else base
 
     def _check(self, value: Any, name: str) -> None:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number, np.ndarray, Array)):
             raise TypeError(
-                f"{name}: found {value!r} of type {type(value).__name__}; expected a number, a traced scalar, or a "
+                f"{name}: found {brief(value)}; expected a number, a traced scalar, or a "
                 f"schedule (a callable from the step count to a scalar)."
             )
         if jnp.shape(value) != ():
@@ -63,13 +134,55 @@ class Hyperparameter:
         if not (above and below):
             raise ValueError(f"{name}: found {number!r}; expected a number in {self.within}.")
 
-    def at(self, count: Array) -> Scalar:
-        """The value for the step before which `count` steps were taken: a Python number stays one."""
-        if not callable(self.value):
+    def at(self, count: Array | None, kept: Mapping[str, Array] = {}) -> Scalar:
+        """Returns the value for a step. A Python number stays one.
+
+        Args:
+          count: the steps taken before, int32; needed by schedules alone.
+          kept: the settable values in the state, by name.
+        """
+        if self.settable:
+            value = jnp.asarray(kept[self.name])  # `optax.tree.set` may have put a Python number there
+            return value * cast(self.value.factor, value.dtype) if isinstance(self.value, Multiplied) else value
+        if not self.scheduled:
             return self.value if isinstance(self.value, Array) else float(self.value)
         value = self.value(count)
         self._check(value, f"the schedule {self.name}")
         return value if isinstance(value, Array) else float(value)
+
+
+class Hyperparameters(dict[str, Hyperparameter]):
+    """Those of one stage, by name. What a stage's state keeps for them is as little as can be.
+
+    Args:
+      *all_of_them: the hyperparameters.
+    """
+
+    def __init__(self, *all_of_them: Hyperparameter) -> None:
+        super().__init__({its.name: its for its in all_of_them})
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether any depends on the step."""
+        return any(its.scheduled for its in self.values())
+
+    def first_step(self) -> Array | None:
+        """Returns the counter of a fresh state, int32; `None` where no schedule reads it."""
+        return jnp.zeros((), jnp.int32) if self.scheduled else None
+
+    def kept(self, dtype: Any) -> dict[str, Array]:
+        """Returns the settable values of a fresh state, scalars of `dtype` by name.
+
+        Raises:
+          TypeError, ValueError: for a schedule whose first value cannot be. That is seen here, before the first step.
+        """
+        for its in self.values():
+            its.at(jnp.zeros((), jnp.int32), {its.name: its.first})
+        return {name: cast(its.first, dtype) for name, its in self.items() if its.settable}
+
+    def at(self, count: Array | None, kept: Mapping[str, Array] = {}) -> dict[str, Scalar]:
+        """Returns all values for a step: see `Hyperparameter.at`."""
+        return {name: its.at(count, kept) for name, its in self.items()}
 
 
 def cast(value: Scalar, dtype: Any) -> Array:
@@ -86,60 +199,34 @@ def complement(value: Scalar, dtype: Any) -> Array:
     return cast(1.0 - value, dtype)
 
 
-def first_values(hypers: dict[str, Hyperparameter], dtype: Any) -> dict[str, Array]:
-    """The record of a fresh state: the values that the first step will use."""
-    return {name: cast(h.at(jnp.zeros((), jnp.int32)), dtype) for name, h in hypers.items()}
-
-
 def expect_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Refuses an option that is none of the known ones."""
     if not any(value is option or (isinstance(value, str) and value == option) for option in known):
-        raise ValueError(f"{name}: found {value!r}; expected one of {', '.join(map(repr, known))}.")
+        raise ValueError(f"{name}: found {brief(value)}; expected one of {', '.join(map(repr, known))}.")
 
 
 def expect_integer(name: str, value: Any, least: int | None = None) -> None:
     """Refuses what is no Python or NumPy integer, or less than `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: found {value!r}; expected an integer.")
+        raise TypeError(f"{name}: found {brief(value)}; expected an integer.")
     if least is not None and value < least:
         raise ValueError(f"{name}: found {value}; expected {least} or more.")
 
 
-def increment(count: Array) -> Array:
-    """Count + 1, staying at the largest int32 instead of wrapping to a negative one."""
+def increment(count: Any) -> Any:
+    """Returns count + 1, which stays at the largest int32 and does not wrap; of a counter that is not there, `None`."""
+    if count is None:
+        return None
     return jnp.minimum(count, np.int32(np.iinfo(np.int32).max - 1)) + np.int32(1)
 
 
-def hyperparameters(state: Any) -> dict[str, Array]:
-    """The hyperparameter values that the last step used, read from a state, wherever in it they are.
-
-    It is a record. To change a value give the transformation a schedule or a traced scalar (an argument of your jitted
-    step): what is written into the state is not read.
-
-    Args:
-      state: the state of any transformation of this package, inside any Optax wrapper. Before the first step it holds the
-        values that the first step will use.
-
-    Returns:
-      Scalars by name: `learning_rate`, `b1`, `b2`, `eps` and so on. A name that occurs more than once (parameter groups)
-      comes with its place in the state, as `jax.tree_util.keystr` writes it: "[1].inner_state['head'][3].learning_rate".
-    """
-
-    def keeps(node: Any) -> bool:
-        return isinstance(getattr(node, "hyperparams", None), dict)
-
-    found = [
-        (jax.tree_util.keystr(path), name, value)
-        for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=keeps)[0]
-        if keeps(node)
-        for name, value in node.hyperparams.items()
-    ]
-    names = [name for _, name, _ in found]
-    return {name if names.count(name) == 1 else f"{path}.{name}": value for path, name, value in found}
-
-
 def peak(value: ScalarOrSchedule) -> Scalar:
-    """The largest value that a schedule takes: looked for at every count below 2²⁰ and at the powers of two above."""
+    """The largest value that a schedule takes, or the first of a settable one.
+
+    It is looked for at every count below 2²⁰ and at the powers of two above.
+    """
+    if isinstance(value, Settable):
+        return value.value  # type: ignore[no-any-return]
     if not callable(value):
         return value
     counts = np.concatenate([np.arange(2**20), 2 ** np.arange(20, 31)]).astype(np.int32)

@@ -8,15 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, ScalarOrSchedule, cast, complement, increment
 from adam_jax._moments import Moments, expect_moments, grow
+from adam_jax._spec import Definition, Init, Update
 from adam_jax._sums import mean, norm
-from adam_jax._transformation import Context, Init, Update, stage, stateless
+from adam_jax._transformation import stage, stateless
 from adam_jax._tree import (
     PyTree,
     as_wide,
+    as_wide_as,
+    dtype_of,
     expect_params,
     finfo,
+    leaving_dtype,
     lerp,
     lift,
     like_params,
@@ -62,7 +67,7 @@ def cautious(*, after_learning_rate: bool | None = None) -> tuple[Init, Update]:
             )
 
         def leaf(update: Any, grad: Any) -> Array:
-            update, g = as_wide(update), as_wide(grad)
+            update, g = as_wide(as_wide_as(update, grad)), as_wide(as_wide_as(grad, update))
             # Of the signs, where there are any: the product of two small numbers is 0.
             along = update.real * g.real + update.imag * g.imag if jnp.iscomplexobj(g) else jnp.sign(update) * jnp.sign(g)
             agrees = (along < 0 if after else along > 0).astype(along.dtype)
@@ -74,14 +79,19 @@ def cautious(*, after_learning_rate: bool | None = None) -> tuple[Init, Update]:
 
 
 class ClipUpdateRmsState(NamedTuple):
-    """State of `clip_update_rms`: the threshold that the last step used."""
+    """State of `clip_update_rms`.
 
-    step: Array
+    Attributes:
+      step: steps taken, int32; `None` where there is no schedule.
+      hyperparams: the threshold if it is settable.
+    """
+
+    step: Array | None
     hyperparams: dict[str, Array]
 
 
 @stage(takes="any", gives="same")
-def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
+def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> Definition:
     """Shortens a leaf's update where its root mean square is above the threshold.
 
         update ← update / max(1, rms/threshold)
@@ -97,14 +107,16 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
     Source: Wortsman et al., "Stable and low-precision training for large-scale vision-language models" (2023),
     Algorithm 2; Shazeer & Stern, "Adafactor" (2018), §6.
     """
-    hypers = {"threshold": Hyperparameter("threshold", threshold, "(0, inf)")}
+    hypers = Hyperparameters(Hyperparameter("threshold", threshold, "(0, inf)"))
 
     def init(params: PyTree) -> ClipUpdateRmsState:
-        return ClipUpdateRmsState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+        return ClipUpdateRmsState(hypers.first_step(), hypers.kept(scalar_dtype(params)))
 
     def update(updates: Any, state: ClipUpdateRmsState, params: Any, context: Context) -> tuple[Any, ClipUpdateRmsState]:
-        used = cast(hypers["threshold"].at(state.step), state.hyperparams["threshold"].dtype)
-        most = used if context.learning_rate is None else used * jnp.abs(context.learning_rate)
+        scalars = scalar_dtype(updates.mu if isinstance(updates, Moments) else updates)
+        most = cast(hypers["threshold"].at(state.step, state.hyperparams), scalars)
+        if context.learning_rate is not None:
+            most = most * jnp.abs(cast(context.learning_rate(), scalars))
 
         def rms(x: Array) -> Array:
             return norm(x) * np.asarray(max(x.size, 1) ** -0.5, finfo(x.dtype).dtype)  # squares of huge updates overflow
@@ -133,29 +145,29 @@ def clip_update_rms(threshold: ScalarOrSchedule = 1.0) -> tuple[Init, Update]:
             updates = updates._replace(mu=lift(moment, updates.grad, free=("nu",), mu=updates.mu, nu=updates.nu))
         else:
             updates = lift(plain, updates)
-        return updates, ClipUpdateRmsState(increment(state.step), {"threshold": used})
+        return updates, state._replace(step=increment(state.step))
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers)
 
 
 class AverageParametersState(NamedTuple):
     """State of `average_parameters`.
 
     Attributes:
-      step: steps taken, int32.
+      step: steps taken, int32; `None` where the decay is no schedule.
       average: the averaged parameters, float32 or wider, corrected for their bias; before the first step the initial ones.
       average_weight: the weight that the average has gathered, as the sum of two floats.
-      hyperparams: the decay that the last step used.
+      hyperparams: the decay if it is settable.
     """
 
-    step: Array
+    step: Array | None
     average: PyTree
     average_weight: Array
     hyperparams: dict[str, Array]
 
 
 @stage(takes="updates", gives="updates", rate="after", end="reads")
-def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
+def average_parameters(decay: ScalarOrSchedule) -> Definition:
     """Averages the parameters, and leaves the updates as they are. Comes last.
 
         weight ← weight + (1 − decay)·(1 − weight)
@@ -172,38 +184,36 @@ def average_parameters(decay: ScalarOrSchedule) -> tuple[Init, Update]:
 
     Source: Kingma & Ba (2015), §7.2.
     """
-    hypers = {"decay": Hyperparameter("decay", decay, "[0, 1)")}
+    hypers = Hyperparameters(Hyperparameter("decay", decay, "[0, 1)"))
 
     def init(params: PyTree) -> AverageParametersState:
         scalars = scalar_dtype(params)
         return AverageParametersState(
-            step=jnp.zeros((), jnp.int32),
+            step=hypers.first_step(),
             # A copy, even where the dtype is the same: a donated step must not be given one buffer twice.
             average=like_params(lambda p: jnp.array(p, wide_dtype(p), copy=True), params),
             average_weight=jnp.zeros(2, scalars),
-            hyperparams=first_values(hypers, scalars),
+            hyperparams=hypers.kept(scalars),
         )
 
     def update(updates: Any, state: AverageParametersState, params: Any, context: Context) -> tuple[Any, AverageParametersState]:
         params = expect_params(params, "average_parameters()")
         scalars = state.average_weight.dtype
-        value = hypers["decay"].at(state.step)
-        rate = complement(value, scalars)
+        rate = complement(hypers["decay"].at(state.step, state.hyperparams), scalars)
         weight = grow(state.average_weight, rate)
         share = rate / weight[0]
 
-        def leaf(update: Any, param: Any, average: Array) -> tuple[Any, Array]:
-            dtype = jnp.result_type(param)  # what the caller will hold: the sum is rounded to it, and by a chain the update too
-            as_it_is = context.rounded or not context.inside
-            step = as_wide(update if as_it_is else update.astype(dtype))
-            moved = (as_wide(param) + step).astype(dtype)
-            return update, lerp(average, as_wide(moved), share)
+        def leaf(update: Any, param: Any, average: Array, incoming: Any) -> tuple[Any, Array]:
+            # What the caller will hold: a chain rounds the update as it leaves, and the caller rounds the sum.
+            as_it_is = context.rounded or incoming is None
+            step = as_wide(update if as_it_is else update.astype(leaving_dtype(incoming, param)))
+            moved = as_wide(as_wide_as(param, step)) + as_wide_as(step, param)
+            return update, lerp(average, as_wide(moved.astype(dtype_of(param))), share)
 
-        _, average = lift(leaf, updates, outputs=2, params=params, average=state.average)
-        used = {"decay": cast(value, scalars)}
-        return updates, AverageParametersState(increment(state.step), average, weight, used)
+        _, average = lift(leaf, updates, outputs=2, params=params, average=state.average, incoming=context.incoming)
+        return updates, state._replace(step=increment(state.step), average=average, average_weight=weight)
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers, trees={"average": "other"})
 
 
 def averaged_parameters(state: Any) -> PyTree:

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adam_jax._bias import LookAheadState, correct_bias
-from adam_jax._configuration import Part, Side, rebuilt
-from adam_jax._moments import track_moments
+from adam_jax._bias import LookAheadState
+from adam_jax._configuration import Configuration, StageInstance, gathering, rebuilt
+from adam_jax._context import Context
 from adam_jax._paths import by_its_path, some
-from adam_jax._refine import keep_maximum, mix_slow_mean
-from adam_jax._reset import SIGNED
-from adam_jax._transformation import Context, Transformation, expect_transformation, show, take_step
+from adam_jax._spec import show
+from adam_jax._transformation import Transformation, expect_transformation, take_step
 from adam_jax._tree import PyTree, as_wide, dtype_of, takes_part
 from adam_jax.storage import narrow_to_nearest, put_back, take_out
 
@@ -37,14 +36,14 @@ KINDS = {
 }
 """What moments can be, so far as libraries differ in it."""
 
-FOLLOWS = ("count", "step", "hyperparams", "weights", "weight", "age")
+FOLLOWS = ("count", "step", "weights", "weight", "age")
 """The fields of stages that follow from the number of steps."""
 
 
 class Memory(NamedTuple):
     """A moment of a transformation: the part that has it, and its field there."""
 
-    part: Part
+    part: StageInstance
     field: str
 
     @property
@@ -69,7 +68,7 @@ class Run(NamedTuple):
     ahead: float | None = None
 
 
-def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[Memory]]]:
+def memories(tx: Any, state: Any, who: str) -> tuple[list[StageInstance], dict[str, list[Memory]]]:
     """The parts of a transformation, and its moments by kind: one for each group of `by_path`.
 
     Raises:
@@ -78,14 +77,14 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[
     """
     expect_transformation(tx, who)
     try:
-        parts = Side(tx, state).parts
+        parts = Configuration(tx, state).stages
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{who}: found a state that is not one of {show(tx)}; expected that of the transformation which the run had."
         ) from error
     found: dict[str, list[Memory]] = {}
     for i, part in enumerate(parts):
-        if _build(part) in (track_moments, keep_maximum, mix_slow_mean) and not part.meanings:
+        if part.slots.keys() != part.meanings.keys():
             raise ValueError(
                 f"{who}: found {type(part.state).__name__} at {part.place or 'the top'}; expected the state of "
                 f"{show(part.tx)}, of the transformation which the run had."
@@ -109,19 +108,14 @@ def memories(tx: Any, state: Any, who: str) -> tuple[list[Part], dict[str, list[
     return parts, found
 
 
-def _kind(parts: Sequence[Part], i: int, field: str) -> str:
-    said = parts[i].said
-    if field == "mu" and said["mu_rule"] == "sum":
-        return "trace of steps" if "steps" in parts[i].meanings["mu"] else "trace"
-    if field == "nu" and said["nu_rule"] in ("belief", "infinity"):
-        return str(said["nu_rule"])
+def _kind(parts: Sequence[StageInstance], i: int, field: str) -> str:
+    slot = parts[i].slots[field]
+    kind = slot.kind or slot.name
+    if kind == "trace" and "steps" in parts[i].meanings[field]:
+        return "trace of steps"
     behind = [part for part in parts[i:] if part.group == parts[i].group]
-    corrected_later = any(_build(part) is correct_bias and part.said["nu"] for part in behind)
-    return "raw nu_max" if field == "nu_max" and corrected_later else field
-
-
-def _build(part: Part) -> Any:
-    return part.tx.init.spec.build if isinstance(part.tx, Transformation) else None
+    corrected_later = any(part.definition is not None and "nu" in part.definition.corrects for part in behind)
+    return "raw nu_max" if kind == "nu_max" and corrected_later else kind
 
 
 def decays(tx: Any, state: Any, who: str) -> dict[str, dict[str, Any]]:
@@ -130,8 +124,9 @@ def decays(tx: Any, state: Any, who: str) -> dict[str, dict[str, Any]]:
     made: dict[str, Any] = {}
     for kind, its in found.items():
         for memory in its:
-            if _build(memory.part) is track_moments:
-                decay = memory.part.said["b1" if memory.field == "mu" else "b2"]
+            name, definition = memory.part.slots[memory.field].decay, memory.part.definition
+            if name and definition and memory.part.tx.flow.takes != "moments":
+                decay = definition.hyperparameters[name].value
                 made.setdefault(kind, {}).update(dict.fromkeys(memory.leaves, decay))
     return made
 
@@ -171,12 +166,12 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
             at_rest = take_out(field, getattr(part.state, field), part.state.scales)
             for path, like in zip(Memory(part, field).leaves, at_rest, strict=True):
                 x = as_wide(theirs[path])
-                real = jnp.iscomplexobj(x) and not SIGNED[field]
-                leaves.append(narrow_to_nearest(x.real if real else x, like, SIGNED[field]))
+                signed = part.slots[field].signed
+                leaves.append(narrow_to_nearest(x.real if jnp.iscomplexobj(x) and not signed else x, like, signed))
             own = filled.setdefault(id(part), {"scales": part.state.scales})
             own[field], own["scales"] = put_back(field, getattr(part.state, field), own["scales"], leaves)
 
-    leaves_of: dict[str, list[str]] = {}
+    leaves_of: dict[tuple[str, ...], list[str]] = {}
     for memory in (memory for its in found.values() for memory in its):
         leaves_of.setdefault(memory.part.group, list(memory.leaves))
 
@@ -186,11 +181,11 @@ def fill(tx: Any, params: PyTree, run: Run, who: str) -> PyTree:
             longest = follows[max(counts, default=max(follows))].get(part.place, {})
             fields = {field: _of_each(field, value, counts, follows, part.place) for field, value in longest.items()}
             fields |= filled.get(id(part), {})
-            if "step" in fields and part.key[0] in ("scale_by_learning_rate", "add_decayed_weights"):
+            if fields.get("step") is not None and part.tx.flow.takes == "updates":
                 fields["step"] = jnp.asarray(run.step, jnp.int32)
             yield part.state._replace(**fields) if fields else part.state
 
-    return rebuilt(tx, first, states())
+    return rebuilt(tx, states())
 
 
 def read(tx: Any, state: PyTree, who: str) -> Run:
@@ -204,7 +199,7 @@ def read(tx: Any, state: PyTree, who: str) -> Run:
     (count, *others) = {int(part.state.count): None for part, _ in held if "count" in part.state._fields}
     follows = _follows(parts, getattr(held[0].part.state, held[0].field), count)
     for part in parts:
-        if part.place not in follows or not hasattr(part.state, "weights"):
+        if part.place not in follows or getattr(part.state, "weights", None) is None:
             continue
         weights, expected = np.asarray(part.state.weights), np.asarray(follows[part.place]["weights"])
         if others or not np.allclose(weights[0].T, expected[0], rtol=1e-5):
@@ -212,15 +207,29 @@ def read(tx: Any, state: PyTree, who: str) -> Run:
                 f"{who}: the moments at {part.place or 'the top'} have gathered weights that {count} steps of tx do not give, "
                 f"as after `reset` or under another decay. Others keep a count alone, and cannot take them."
             )
-    steps = [int(part.state.step) for part in parts if part.key[0] == "scale_by_learning_rate"]
+    steps = [int(part.state.step) for part in parts if _applies_rate(part) and part.state.step is not None]
     moments: dict[str, dict[str, Any]] = {kind: {} for kind in found}
     for kind, its in found.items():
         for memory in its:
             tree = getattr(memory.part.state, memory.field)
             at_rest = take_out(memory.field, tree, memory.part.state.scales)
             moments[kind] |= {path: x.widen() for path, x in zip(memory.leaves, at_rest, strict=True)}
-    ahead = [float(np.asarray(part.state.weight, np.float64).sum()) for part in parts if isinstance(part.state, LookAheadState)]
+    ahead = [_ahead_of(part, held) for part in parts if isinstance(part.state, LookAheadState)]
     return Run(count, steps[0] if steps else count, moments, ahead[0] if ahead else None)
+
+
+def _applies_rate(part: StageInstance) -> bool:
+    stage = isinstance(part.tx, Transformation) and not part.tx.init.spec.inner
+    return stage and part.tx.flow.rate == "applies"
+
+
+def _ahead_of(part: StageInstance, held: Sequence[Memory]) -> float:
+    """The weight that a look ahead divides by: its own, or that of μ."""
+    weight = part.state.weight
+    if weight is None:
+        tracked = next(memory.part for memory in held if "mu" in gathering(memory.part.tx) and memory.part.group == part.group)
+        weight = tracked.state.weights[:, gathering(tracked.tx).index("mu")]
+    return float(np.asarray(weight, np.float64).sum())
 
 
 def all_leaves(moments: Sequence[Any]) -> dict[str, Any]:
@@ -240,7 +249,7 @@ def same_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], who: str)
             raise ValueError(f"{who}: at {path} found the shape {jnp.shape(found[path])}; expected {like.shape}.")
 
 
-def _follows(parts: Sequence[Part], params: PyTree, count: Any) -> dict[str, dict[str, Any]]:
+def _follows(parts: Sequence[StageInstance], params: PyTree, count: Any) -> dict[str, dict[str, Any]]:
     """What stages have after so many steps but for their moments, by place.
 
     Counted out step by step, as a run does: so it is the same to the last bit, schedules are no special case, and each stage is
@@ -253,7 +262,8 @@ def _follows(parts: Sequence[Part], params: PyTree, count: Any) -> dict[str, dic
     context = Context(gradient=small, applied=True, inside=True)
 
     def kept(states: Sequence[Any]) -> list[dict[str, Any]]:
-        return [{field: getattr(s, field) for field in FOLLOWS if field in getattr(s, "_fields", ())} for s in states]
+        fields = [s._asdict() if hasattr(s, "_asdict") else {} for s in states]
+        return [{name: its[name] for name in FOLLOWS if its.get(name) is not None} for its in fields]
 
     def step(_: Any, fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
         updates, states = small, []
@@ -289,5 +299,5 @@ def whole(count: Any, who: str) -> int:
     return int(number.item())
 
 
-def _is_stage(part: Part) -> bool:
+def _is_stage(part: StageInstance) -> bool:
     return hasattr(part.state, "_fields") and not {"inner_state", "inner_states"} & {*part.state._fields}

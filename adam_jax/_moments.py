@@ -7,21 +7,29 @@ count and no formula, and stay right when the decay changes from step to step.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from adam_jax import storage as forms
-from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, expect_one_of, first_values, increment
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, ScalarOrSchedule, cast, complement, expect_one_of, increment
+from adam_jax._spec import Definition
 from adam_jax._sums import mean
-from adam_jax._transformation import Context, Init, Update, stage
+from adam_jax._transformation import stage
 from adam_jax._tree import (
     PyTree,
+    as_wide,
+    as_wide_as,
     averaging,
+    brief,
+    lerp,
     lift,
     real_dtype,
     scalar_dtype,
@@ -42,28 +50,32 @@ class Moments(NamedTuple):
     Trees are shaped like the parameters; scalars are float32, or float64 where any parameter is.
 
     Attributes:
-      grad: this step's gradient, as it came in.
+      grad: this step's gradient, as it came in, or in the dtype of the moments where that is wider than float32.
       mu: first moment estimate, float32 or wider; the widened gradient where no first moment is tracked.
       nu: second moment estimate, real, float32 or wider; `None` where none is tracked.
       mu_weight: the weight that `mu` has gathered, in (0, 1]: 1 − ∏β₁. 1 once `mu` is corrected. After `reset` of some leaves a
-        vector, with an entry for each leaf that takes part.
+        vector, with an entry for each leaf that takes part. `None` with `track_moments(debias=False)`.
       nu_weight: the same for `nu`.
       mu_decay: this step's β₁.
       mu_rate: the share of this step's gradient in `mu`: 1 − β₁.
       nu_rate: the share of this step's square in `nu`: 1 − β₂.
       count: the number of this step, from 1, int32.
+      next_mu_decay: β₁ of the next step.
+      next_mu_rate: 1 − β₁ of the next step.
       nu_ready: whether ν can be trusted yet, a boolean like `nu_weight`; `None` for always. Where it cannot, the update is `mu`.
     """
 
     grad: PyTree
     mu: PyTree
     nu: PyTree
-    mu_weight: Array
-    nu_weight: Array
+    mu_weight: Array | None
+    nu_weight: Array | None
     mu_decay: Array
     mu_rate: Array
     nu_rate: Array
     count: Array  # type: ignore[assignment]  # tuple.count is never called
+    next_mu_decay: Array
+    next_mu_rate: Array
     nu_ready: Array | None = None
 
 
@@ -103,74 +115,95 @@ def expect_moments(updates: Any, who: str, needs_nu: bool = False) -> Moments:
     return updates
 
 
+def expect_weight(weight: Array | None, who: str) -> Array:
+    """Returns the weight that a moment has gathered.
+
+    Raises:
+      ValueError: if it is not kept.
+    """
+    if weight is None:
+        raise ValueError(f"{who} needs the weight of a moment, and track_moments(debias=False) keeps none. Leave debias=True.")
+    return weight
+
+
 class NuRule(NamedTuple):
     """How ν moves.
 
     Attributes:
       sees: (g, mu) -> what ν averages, real.
       moves: (nu, seen, average, b2, rate, eps) -> the next ν; `average(nu, seen)` is their average, scalars have ν's dtype.
+      squared: whether ν is in units of the gradient's square.
       weighs: whether ν gathers weight as an average does. A maximum has all of it at once.
+      name: of ν in the class of a state. Rules that lead to the same quantity have the same.
+      meaning: what ν is; "{}" is what it is made of.
     """
 
     sees: Callable[[Array, Array], Array]
     moves: Callable[..., Array]
+    squared: bool = True
     weighs: bool = True
+    name: str = "Square"
+    meaning: str = "the mean of squared {}"
 
 
 NU_RULES = {
     "square": NuRule(lambda g, mu: square(g), lambda nu, seen, average, b2, rate, eps: average(nu, seen)),
-    "belief": NuRule(lambda g, mu: square(g - mu), lambda nu, seen, average, b2, rate, eps: average(nu, seen) + eps),
+    "belief": NuRule(
+        lambda g, mu: square(g - mu),
+        lambda nu, seen, average, b2, rate, eps: average(nu, seen) + eps,
+        name="Belief",
+        meaning="the mean of squared distances of {} from μ",
+    ),
     "yogi": NuRule(lambda g, mu: square(g), lambda nu, seen, average, b2, rate, eps: nu - rate * jnp.sign(nu - seen) * seen),
     "infinity": NuRule(
-        lambda g, mu: jnp.abs(g), lambda nu, seen, average, b2, rate, eps: jnp.maximum(b2 * nu, seen + eps), weighs=False
+        lambda g, mu: jnp.abs(g),
+        lambda nu, seen, average, b2, rate, eps: jnp.maximum(b2 * nu, seen + eps),
+        squared=False,
+        weighs=False,
+        name="Infinity",
+        meaning="the decaying maximum of {}",
     ),
 }
 
 
-class TrackMomentsState(NamedTuple):
-    """State of `track_moments`.
+def _state_class(mu: str, nu: str) -> Any:
+    """The class of the states of `track_moments` that keep these moments.
+
+    A class says what the moments in it mean, so that a state of Adam is not taken for one of AdaMax.
+    """
+    moments = [name for name, kind in (("mu", mu), ("nu", nu)) if kind]
+    kind: Any = collections.namedtuple(  # type: ignore[misc]
+        f"Track{mu}{nu}State", ["count", *moments, "weights", "hyperparams", "scales"], module=__name__
+    )
+    kind.__doc__ = f"""State of `track_moments`, with the moments {" and ".join(moments)}.
 
     Attributes:
       count: steps taken, int32; stays at 2³¹ − 1.
-      mu: first moments at rest.
-      nu: second moments at rest.
-      weights: the weights of `mu` and of `nu`, each as the sum of two floats: shape (2 floats, 2 moments), and, once `reset` gave
-        some leaves a start of their own, (2 floats, 2 moments, leaves).
-      hyperparams: the values that the last step used.
-      scales: "mu_scale" and "nu_scale", where these rest as codes: the exponents of the units of each such leaf, of its codes and
-        for those of the next step: int16, (leaves, 2).
+      mu: first moments as they are stored, if there are any.
+      nu: second moments as they are stored, if there are any.
+      weights: the weights that the moments have gathered, each as the sum of two floats: shape (2 floats, moments), and, once
+        `reset` gave some leaves a start of their own, (2 floats, moments, leaves). A sum and a maximum gather none. `None` where
+        no moment does.
+      hyperparams: the hyperparameters that are settable.
+      scales: "mu_scale" and "nu_scale", where these are stored as codes: int16 arrays by the path of their leaf.
     """
-
-    count: Array  # type: ignore[assignment]  # tuple.count is never called
-    mu: PyTree
-    nu: PyTree
-    weights: Array
-    hyperparams: dict[str, Array]
-    scales: dict[str, Array]
+    return kind
 
 
-class TrackMeanState(NamedTuple):
-    """State of `track_moments(b1, None)`: what is not tracked has no field, so `optax.tree.get` finds what is."""
+STATES: dict[tuple[str, str], Any] = {
+    (mu, delayed + nu): _state_class(mu, delayed + nu)
+    for mu in ("", "Mean", "Sum")
+    for delayed in ("", "Delayed")
+    for nu in ("", *dict.fromkeys(rule.name for rule in NU_RULES.values()))
+    if (mu or nu) and (nu or not delayed)
+}
+"""The classes of states by the kinds of μ and ν."""
 
-    count: Array  # type: ignore[assignment]
-    mu: PyTree
-    weights: Array
-    hyperparams: dict[str, Array]
-    scales: dict[str, Array]
-
-
-class TrackSquareState(NamedTuple):
-    """State of `track_moments(None, b2)`."""
-
-    count: Array  # type: ignore[assignment]
-    nu: PyTree
-    weights: Array
-    hyperparams: dict[str, Array]
-    scales: dict[str, Array]
+globals().update({kind.__name__: kind for kind in STATES.values()})  # where pickle looks for them
 
 
-@stage(takes="updates", gives="moments")
-def track_moments(
+@stage(takes="updates", gives="moments", canonical={"storage": forms.canonical})
+def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
     b1: ScalarOrSchedule | None = 0.9,
     b2: ScalarOrSchedule | None = 0.999,
     *,
@@ -179,11 +212,12 @@ def track_moments(
     nu_eps: ScalarOrSchedule = 0.0,
     nu_init: float = 0.0,
     nu_delay: bool = False,
+    debias: bool = True,
     blocks: Blocks | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     storage: Storage = "float32",
-) -> tuple[Init, Update]:
+) -> Definition:
     """Averages the gradients and their squares.
 
         mu ← mu + (1 − b1)·(g − mu)          mu_weight ← mu_weight + (1 − b1)·(1 − mu_weight)
@@ -204,6 +238,7 @@ def track_moments(
       nu_init: where ν starts, ≥ 0.
       nu_delay: hand on the ν of the step before, which has not seen this gradient. The first step only fills ν: its β₂ is
         0 and the gradient that it hands on is zero.
+      debias: keep the weights that `correct_bias` divides by. Without, it is refused behind this stage.
       blocks: which axes of a leaf share one ν: "leaf" for all, "output" for all but the last (the outputs of a Flax kernel),
         or a function (path as `jax.tree_util.keystr` writes it, shape) -> axes. `None` shares none.
       mu_dtype: the floating dtype in which every leaf of `mu` rests between steps, however small; `storage=` for the habit of
@@ -214,54 +249,97 @@ def track_moments(
 
     Raises:
       ValueError: for a number outside its range, an unknown rule or storage, or a dtype beside a storage that says otherwise; in
-        `update`, for a gradient tree that does not fit, or a state that rests otherwise.
+        `update`, for a gradient tree that does not fit, a state that rests otherwise, or a derivative that is taken through a
+        moment as it is stored in fewer bits than float32: rounding has none.
       TypeError: for what is no number, no scalar and no schedule.
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), Algorithm 1 and §3.
     """
     hypers = _hypers(b1, b2, nu_rule, nu_eps, nu_init)
     _check_options(b1, b2, mu_rule, nu_rule, blocks)
+    expect_one_of("debias", debias, (True, False))
     rule = NU_RULES[nu_rule]
     mu_form, nu_form = forms.forms(storage, mu_dtype, nu_dtype)
-    rests = [forms.Rest("mu", mu_form)] if b1 is not None else []
-    rests += [forms.Rest("nu", nu_form, signed=False, turn=16, start=nu_init)] if b2 is not None else []
-
-    kind: Any = TrackSquareState if b1 is None else TrackMeanState if b2 is None else TrackMomentsState
+    slots = []
+    if b1 is not None:
+        gathers = mu_rule == "mean" and debias
+        named = "trace" if mu_rule == "sum" else "mu"
+        slots.append(
+            forms.MomentSlot(
+                "mu",
+                mu_form,
+                meaning=f"the {mu_rule} of {{}}",
+                gathers=gathers,
+                whole=mu_rule == "sum",
+                decay="b1",
+                kind=named,
+                label="μ",
+            )
+        )
+    if b2 is not None:
+        gathers = (rule.weighs and debias) or nu_delay
+        slots.append(
+            forms.MomentSlot(
+                "nu",
+                nu_form,
+                signed=False,
+                turn=16,
+                start=nu_init,
+                meaning=rule.meaning,
+                gathers=gathers,
+                whole=not rule.weighs,
+                decay="b2",
+                label="ν",
+                delayed=nu_delay,
+                kind=nu_rule if nu_rule in ("belief", "infinity") else "nu",
+                of_gradient=functools.partial(_of_gradient, rule),
+            )
+        )
+    columns = [slot.name for slot in slots if slot.gathers]
+    delayed = "Delayed" if nu_delay else ""
+    kind = STATES["" if b1 is None else mu_rule.title(), "" if b2 is None else delayed + rule.name]
 
     def init(params: PyTree) -> Any:
         scalars = scalar_dtype(params)
 
-        def first(rest: forms.Rest, path: Any, p: Any) -> Array | None:
+        def first(slot: forms.MomentSlot, path: Any, p: Any) -> Array | None:
             if not takes_part(p):
                 return None
-            if rest.name == "mu":
-                return rest.first(jnp.shape(p), wide_dtype(p))
-            return rest.first(_shared_shape(blocks, path, p), real_dtype(p))
+            if slot.name == "mu":
+                return slot.first(jnp.shape(p), wide_dtype(p))
+            return slot.first(_shared_shape(blocks, path, p), real_dtype(p))
 
-        kept = {rest.name: jax.tree_util.tree_map_with_path(functools.partial(first, rest), params) for rest in rests}
-        scales = forms.all_first_scales(rests, kept)
-        zero, weights = jnp.zeros((), jnp.int32), jnp.zeros((2, 2), scalars)
-        return kind(zero, *kept.values(), weights, first_values(hypers, scalars), scales)
+        kept = {slot.name: jax.tree_util.tree_map_with_path(functools.partial(first, slot), params) for slot in slots}
+        scales = forms.all_first_scales(slots, kept)
+        weights = jnp.zeros((2, len(columns)), scalars) if columns else None
+        return kind(jnp.zeros((), jnp.int32), *kept.values(), weights, hypers.kept(scalars), scales)
 
     def update(grads: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
-        scalars = state.weights.dtype
-        values = {name: h.at(state.count) for name, h in hypers.items()}
+        scalars = scalar_dtype(grads) if state.weights is None else state.weights.dtype
+        values = hypers.at(state.count, state.hyperparams)
+        count = increment(state.count)
+        later = hypers["b1"].at(count, state.hyperparams) if b1 is not None else 0.0
         used = {name: cast(value, scalars) for name, value in values.items()}
         zero, one = jnp.zeros((), scalars), jnp.ones((), scalars)
         mu_decay, mu_rate = (zero, one) if b1 is None else (used["b1"], complement(values["b1"], scalars))
         nu_decay, nu_rate = (zero, one) if b2 is None else (used["b2"], complement(values["b2"], scalars))
         mu_rate = one if mu_rule == "sum" else mu_rate
         if nu_delay:
-            first = state.weights[0, 1] == 0
+            first = state.weights[0, columns.index("nu")] == 0
             nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
             firsts = by_leaf(first)
 
+        old = {"mu": None, "nu": None} | {slot.name: slot.widen(getattr(state, slot.name), state.scales) for slot in slots}
+        if b2 is not None:
+            _expect_blocks(blocks, grads, state.nu)
+        grads = _limited(grads, state, slots, rule, nu_rate)
         mu_average = averaging(values.get("b1", 0.0), mu_decay, mu_rate)
         nu_decays, nu_rates = by_leaf(nu_decay), by_leaf(nu_rate)
 
         def moment(g: Array, mu: Array | None) -> Array:
             if mu is None:
-                return jnp.where(firsts(), jnp.zeros_like(g), g) if nu_delay else g
+                # g − g is 0, and NaN where g is NaN: it has to reach the parameter even if codes store it as 0.
+                return jnp.where(firsts(), jax.lax.sub(g, g), g) if nu_delay else g
             mu = mu.astype(g.dtype)
             return times(mu, mu_decay) + g if mu_rule == "sum" else mu_average(mu, g)
 
@@ -277,37 +355,78 @@ def track_moments(
             mu = moment(g, mu)
             return mu, None if nu is None else second_moment(g, mu, nu)
 
-        old = {"mu": None, "nu": None} | {rest.name: rest.widen(getattr(state, rest.name), state.scales) for rest in rests}
-        mu, nu = lift(leaf, grads, outputs=2, free=() if blocks is None else ("nu",), **old)
-        count = increment(state.count)
-        kept, scales = forms.all_narrow(rests, {"mu": mu, "nu": nu}, state, count, context.stream("track_moments"), context.gate)
+        shared = () if blocks is None else ("nu",)
+        grads = lift(as_wide_as, grads, free=shared, **old)  # a float32 gradient would turn float64 moments into float32 ones
+        mu, nu = lift(leaf, grads, outputs=2, free=shared, **old)
+        kept, scales = forms.all_narrow(slots, {"mu": mu, "nu": nu}, state, count, context.stream("track_moments"), context.gate)
         nu = nu if b2 is not None else None
-        rates = (mu_rate, nu_rate if rule.weighs else one)
-        weights = grow(state.weights, jnp.stack([jnp.broadcast_to(rate, state.weights.shape[2:]) for rate in rates]))
+        weights, gathered = None, dict[str, Array]()
+        if columns:
+            rates = {"mu": mu_rate, "nu": nu_rate if rule.weighs else one}
+            weights = grow(state.weights, jnp.stack([jnp.broadcast_to(rates[name], state.weights.shape[2:]) for name in columns]))
+            gathered = {name: weights[0, i] for i, name in enumerate(columns)}
+        # A gradient, a sum and a maximum are whole at once.
+        whole = {"mu": b1 is None or mu_rule == "sum", "nu": b2 is None or nu_delay or not rule.weighs}
         moments = Moments(
             grad=grads,
             mu=mu,
             nu=old["nu"] if nu_delay else nu,
-            mu_weight=weights[0, 0],
-            nu_weight=one if nu_delay else weights[0, 1],
+            mu_weight=one if whole["mu"] else gathered.get("mu"),
+            nu_weight=one if whole["nu"] else gathered.get("nu"),
             mu_decay=mu_decay,
             mu_rate=mu_rate,
             nu_rate=nu_rate,
             count=count,
+            next_mu_decay=cast(later, scalars),
+            next_mu_rate=complement(later, scalars),
         )
-        return moments, kind(count, *kept.values(), weights, used, scales)
+        return moments, kind(count, *kept.values(), weights, state.hyperparams, scales)
 
-    return init, update
+    return Definition(init, update, tuple(slots), hypers, counter="count")
 
 
-def _hypers(b1: Any, b2: Any, nu_rule: Any, nu_eps: Any, nu_init: Any) -> dict[str, Hyperparameter]:
-    """What the state keeps a record of; where ν starts, too, if not at 0, for `reset`, which sees the state alone."""
-    hypers = {name: Hyperparameter(name, b, "[0, 1)") for name, b in [("b1", b1), ("b2", b2)] if b is not None}
+def _limited(grads: PyTree, state: Any, slots: Sequence[forms.MomentSlot], rule: NuRule, nu_rate: Array) -> PyTree:
+    """The gradients, saturated where the storage of ν would be.
+
+    As in `widen`, and for the same reason: where μ took a gradient that ν cannot, the steps behind would have no bound. A ν in
+    codes or in a narrow float beside a μ with a wider range needs it, and so does float64.
+    """
+    by_name = {slot.name: slot for slot in slots}
+    if "nu" not in by_name:
+        return grads
+    tops = by_name["nu"].tops(state.nu, state.scales, by_name.get("mu"), grads)
+    if all(top is None for top in tops):
+        return grads
+    each, rates = iter(tops), by_leaf(nu_rate)
+
+    def leaf(grad: Any) -> Array:
+        top, rate, g = next(each), rates(), as_wide(grad)
+        if top is None:
+            return g
+        real = real_dtype(g)
+        bound = jnp.sqrt(top.astype(real) / rate.astype(real)) if rule.squared else top.astype(real)
+        if jnp.iscomplexobj(g):
+            bound = jnp.broadcast_to(bound * np.asarray(0.5**0.5, real), g.shape)
+            return lax.complex(lax.clamp(-bound, g.real, bound), lax.clamp(-bound, g.imag, bound))
+        bound = jnp.broadcast_to(bound, g.shape)
+        return lax.clamp(-bound, g, bound)
+
+    return lift(leaf, grads)
+
+
+def _of_gradient(rule: NuRule, g: Array, nu: Array, rate: Array) -> Array:
+    seen = jnp.broadcast_to(block_mean(rule.sees(g, jnp.zeros_like(g)), nu.shape), nu.shape).astype(nu.dtype)
+    return rule.moves(nu, seen, lambda nu, seen: lerp(nu, seen, rate), 1 - rate, rate, jnp.zeros_like(rate))
+
+
+def _hypers(b1: Any, b2: Any, nu_rule: Any, nu_eps: Any, nu_init: Any) -> Hyperparameters:
+    hypers = [Hyperparameter(name, b, "[0, 1)") for name, b in [("b1", b1), ("b2", b2)] if b is not None]
     if nu_rule in ("belief", "infinity"):
-        hypers["nu_eps"] = Hyperparameter("nu_eps", nu_eps, "[0, inf)")
+        hypers.append(Hyperparameter("nu_eps", nu_eps, "[0, inf)"))
     start = Hyperparameter("nu_init", nu_init, "[0, inf)")
-    at_zero = isinstance(nu_init, (int, float)) and nu_init == 0
-    return hypers if b2 is None or at_zero else hypers | {"nu_init": start}
+    if start.scheduled or start.settable:
+        raise TypeError(f"track_moments: nu_init: found {brief(nu_init)}; expected a number: it is where ν starts, once.")
+    return Hyperparameters(*hypers)
 
 
 def _check_options(b1: Any, b2: Any, mu_rule: Any, nu_rule: Any, blocks: Any) -> None:
@@ -320,6 +439,23 @@ def _check_options(b1: Any, b2: Any, mu_rule: Any, nu_rule: Any, blocks: Any) ->
         raise ValueError("track_moments: found None for both b1 and b2; expected at least one decay: there is nothing to track.")
     if b1 is None and nu_rule == "belief":
         raise ValueError("track_moments: found nu_rule='belief' with b1=None; expected a decay b1: belief is |g − mu|.")
+
+
+def _expect_blocks(blocks: Blocks | None, grads: PyTree, nu: PyTree) -> None:
+    """Refuses a ν whose elements are shared by other blocks than here. One that no block shares would fit all gradients."""
+    leaves = jax.tree.leaves(nu)
+    located = [(path, g) for path, g in jax.tree_util.tree_leaves_with_path(grads) if takes_part(g)]
+    if len(leaves) != len(located):
+        return  # another tree: `lift` says in what it differs
+    for (path, grad), x in zip(located, leaves, strict=True):
+        expected = _shared_shape(blocks, path, grad)
+        in_blocks = len(expected) == x.ndim and all(n in (1, m) for n, m in zip(x.shape, jnp.shape(grad), strict=True))
+        if x.shape != expected and in_blocks:
+            raise ValueError(
+                f"track_moments: at leaf {jax.tree_util.keystr(path)} the state's nu has shape {x.shape}; expected {expected} "
+                f"with blocks={blocks!r}: another transformation shares it otherwise. Carry the run over with "
+                f"convert_state(state, from_tx, to_tx, params), or pass the state that `init` of this one made."
+            )
 
 
 def _shared_shape(blocks: Blocks | None, path: Any, leaf: Any) -> tuple[int, ...]:

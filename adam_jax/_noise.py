@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
@@ -116,8 +117,11 @@ def as_seed(name: str, seed: Any) -> Any:
       TypeError: if the seed is neither an integer nor an integer scalar array.
       ValueError: if the integer does not fit into a uint32. It would be taken for another one.
     """
-    if isinstance(seed, Array) and (seed.ndim or seed.dtype.kind not in "iu"):
-        raise TypeError(f"{name}: found an array of {seed.dtype} and shape {seed.shape}; expected an integer scalar.")
+    if isinstance(seed, Array) and (seed.ndim or not jnp.issubdtype(seed.dtype, jnp.integer)):
+        raise TypeError(
+            f"{name}: found an array of {seed.dtype} and shape {seed.shape}; expected an integer scalar. Pass an integer, for "
+            f"example seed=0, and not a key of jax.random."
+        )
     if isinstance(seed, Tracer):
         return seed
     seed = int(seed) if isinstance(seed, Array) else seed

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax._paths import by_its_path, path_of, some
-from adam_jax._tree import PyTree, dtype_of
+from adam_jax._tree import PyTree, brief, dtype_of
 
 Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
 Layout: TypeAlias = tuple[int, ...] | tuple[Convert, Convert]
@@ -228,7 +228,7 @@ def _expect_rules(mapping: Any, transpose: Any, who: str) -> None:
     for what, rule in [("mapping", mapping), ("transpose", transpose)]:
         table = isinstance(rule, Mapping) and all(isinstance(name, str) for name in rule)
         if rule is not None and not table and not callable(rule):
-            raise TypeError(f"{who}: {what}: found {rule!r}; expected a table by PyTorch's names, or a function.")
+            raise TypeError(f"{who}: {what}: found {brief(rule)}; expected a table by PyTorch's names, or a function.")
 
 
 def target_of(name: str, mapping: Names | None, who: str) -> str | None:
@@ -240,7 +240,7 @@ def target_of(name: str, mapping: Names | None, who: str) -> str | None:
         start = next((start for start in starts if start in (mapping or {})), "")
         new = mapping[start] if mapping and start else ""
     if not isinstance(new, (str, type(None))):
-        raise TypeError(f"{who}: mapping: found {new!r} for {start!r}; expected a path in the parameters, or None.")
+        raise TypeError(f"{who}: mapping: found {brief(new)} for {start!r}; expected a path in the parameters, or None.")
     return None if new is None else new + name[len(start) :]
 
 

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._apply import ScaleByLearningRateState
+from adam_jax._configuration import applied_rates
+from adam_jax._context import Context
+from adam_jax._hyperparams import cast
 from adam_jax._moments import Moments, by_leaf
 from adam_jax._paths import Parameters, is_scale, owner
-from adam_jax._transformation import Context, Transformation, take_step
+from adam_jax._transformation import Transformation, take_step
 from adam_jax._tree import PyTree, as_wide, is_half, square, takes_part, times
-
-MOMENTS = ("mu", "nu", "mu_slow", "nu_max")
-"""Fields of states that may rest as codes."""
 
 LEAVES = 32
 """So many leaves of a group are looked at: a few operations for each of a thousand leaves would be minutes of compiling."""
@@ -178,19 +177,20 @@ class Probe:
             taken = few(updates) if self.flowing is None else self.flowing
             gradient = None if context.gradient is None else few(context.gradient)
             inner = context._replace(gradient=gradient, probe=None)
-            given, after = take_step(part, taken, few(state), few(params), inner)
+            given, _ = take_step(part, taken, few(state), few(params), inner)
             if isinstance(taken, Moments) and not isinstance(given, Moments) and not context.applied:
-                self.quotients.append((part, taken, after, given))
+                self.quotients.append((part, taken, few(state), given))
             self.flowing = given
 
-    def end(self, gradient: PyTree, made: PyTree, before: Any, after: Any, params: PyTree) -> None:
-        """Looks at the whole step: what came in, what came out, the state before and after it, the parameters."""
-        self.whole = gradient, made, before, after, params
+    def end(self, tx: Any, gradient: PyTree, made: PyTree, before: Any, params: PyTree) -> None:
+        """Looks at the whole step: the transformation, what came in, what came out, the state before it, the parameters."""
+        self.whole = tx, gradient, made, before, params
 
     def seen(self, name: str = "all", rate: Any = None) -> dict[str, Seen]:
         """What there is to see of all and of each group."""
-        gradient, made, state, after, params = self.whole
-        rate = _rate(after, rate)
+        tx, gradient, made, state, params = self.whole
+        rates = [its() for group, its in applied_rates(tx, state) if not group]
+        rate = rates[-1] if rates else rate
         groups: dict[str, Seen] = {}
         within = []
         for label, its in self.groups.items():
@@ -210,12 +210,13 @@ class Probe:
             moved, unrounded = _rows(_moved, sizes, updates, old), _rows(_unmoved, sizes, updates, old)
         stages = [_quotient(sizes, *found) for found in self.quotients]
         quotients = [_applied(functools.reduce(_followed, rows), rate) for rows in zip(*stages, strict=True)]
+        moments = _moments_of(tx)
         held = jax.tree_util.tree_flatten_with_path(state)[0]
         few = jax.tree.leaves(self._few(state, shapes))
         codes = [
             _row(_at_ends, whole.size, some)
             for (path, whole), some in zip(held, few, strict=True)
-            if _is_field(path, whole, MOMENTS, shapes) and not takes_part(whole)
+            if _is_field(path, whole, moments, shapes) and not takes_part(whole)
         ]
         here = Seen(
             gradient=_norm(*map(_taking_part, (gradient, self._few(gradient, shapes)))),
@@ -271,13 +272,14 @@ def sights(tx: Any, params: PyTree, state: Any) -> set[str]:
     tracking = [part for part in stages if part.flow.gives == "moments" and part.flow.takes != "moments"]
     if tracking:
         found |= {"learning_rate_median", "learning_rate_p99", "momentum_cosine"}
-    if any(part.init.spec.arguments.arguments.get("b2", 0) is not None for part in tracking):
+    moments = _moments_of(tx)
+    if any(not slot.signed for part in tracking for slot in part.init.spec.definition.slots):
         found |= {"eps_share", "normalized_gradient_rms", "signal_to_noise"}
     if any(map(is_half, jax.tree.leaves(params))):
         found.add("unmoved_share")
     shapes = _shapes(params)
     for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
-        if not takes_part(x) and _is_field(path, x, MOMENTS, shapes):
+        if not takes_part(x) and _is_field(path, x, moments, shapes):
             found.add("ends_share")
         if _is_field(path, x, ("skipped",), shapes):
             found.add("skipped")
@@ -294,22 +296,18 @@ def _stages(tx: Any) -> Iterator[Transformation]:
             yield from _stages(part)
 
 
-def _rate(state: Any, around: Any) -> Any:
-    """The learning rate that a step used, outside of its groups; without one, that of what is around it."""
-
-    def is_end(node: Any) -> bool:
-        return isinstance(node, ScaleByLearningRateState) or hasattr(node, "inner_states")
-
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_end) if isinstance(node, ScaleByLearningRateState)]
-    return found[-1].hyperparams["learning_rate"] if found else around
+def _moments_of(tx: Any) -> tuple[str, ...]:
+    """The fields of all moments that the stages of a transformation keep."""
+    return tuple(slot.name for part in _stages(tx) for slot in part.init.spec.definition.slots)
 
 
-def _quotient(sizes: list[int], part: Any, moments: Moments, after: Any, given: PyTree) -> list[Row]:
+def _quotient(sizes: list[int], part: Any, moments: Moments, state: Any, given: PyTree) -> list[Row]:
     """What a stage made of moments."""
-    root = part.init.spec.arguments.arguments.get("root", True)
-    hypers = getattr(after, "hyperparams", {})
-    eps, eps_root = (_single(hypers.get(name, np.float32(0))) for name in ("eps", "eps_root"))
-    mu_weight, nu_weight = by_leaf(moments.mu_weight), by_leaf(moments.nu_weight)
+    root = part.init.spec.definition.root
+    hypers = part.init.spec.definition.hyperparameters.at(moments.count - 1, getattr(state, "hyperparams", {}))
+    eps, eps_root = (cast(hypers.get(name, 0.0), np.float32) for name in ("eps", "eps_root"))
+    both = (moments.mu_weight, moments.mu_rate), (moments.nu_weight, moments.nu_rate)
+    mu_weight, nu_weight = (by_leaf(_gathered(rate, moments.count) if weight is None else weight) for weight, rate in both)
 
     def see(grad: Array, mu: Array, direction: Array, nu: Array | None = None) -> Vectors:
         g, m, d = map(_size, (grad, mu, direction))
@@ -334,6 +332,11 @@ def _quotient(sizes: list[int], part: Any, moments: Moments, after: Any, given: 
     return _rows(see, sizes, moments.grad, moments.mu, given, *([] if moments.nu is None else [moments.nu]))
 
 
+def _gathered(rate: Array, count: Array) -> Array:
+    """The weight of a moment that is not corrected, which no state keeps: what it is if the decay has always been this one."""
+    return -jnp.expm1(count.astype(rate.dtype) * jnp.log1p(-rate))
+
+
 def _followed(first: Row, then: Row) -> Row:
     """What two stages made of the same elements, as in ADOPT: the ν of one, and the μ of the other, in units of its root."""
     a, b = first.of, then.of
@@ -344,7 +347,7 @@ def _followed(first: Row, then: Row) -> Row:
 
 def _applied(row: Row, rate: Any) -> Row:
     """Rates of elements, of which those of all are known now."""
-    return row._replace(of=row.of | {"rate": row.of["rate"] * _single(np.float32(0) if rate is None else rate)})
+    return row._replace(of=row.of | {"rate": row.of["rate"] * cast(0.0 if rate is None else rate, np.float32)})
 
 
 def _rows(see: Callable[..., Vectors | None], sizes: list[int], *trees: PyTree) -> list[Row]:

@@ -8,19 +8,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax import storage as forms
-from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, complement, first_values, increment
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, ScalarOrSchedule, cast, complement, increment
 from adam_jax._moments import Moments, Storage, expect_moments
-from adam_jax._transformation import Context, Init, Update, stage, stateless
+from adam_jax._spec import Definition, Init, Update
+from adam_jax._transformation import stage, stateless
 from adam_jax._tree import (
     PyTree,
     averaging,
     lift,
-    like_params,
-    real_dtype,
     scalar_dtype,
     square,
     times,
-    wide_dtype,
     widen,
 )
 
@@ -29,16 +28,16 @@ class KeepMaximumState(NamedTuple):
     """State of `keep_maximum`.
 
     Attributes:
-      nu_max: the largest ν so far, of each element, at rest.
-      scales: as in `TrackMomentsState`.
+      nu_max: the largest ν so far of each element, as it is stored.
+      scales: as in the states of `track_moments`.
     """
 
     nu_max: PyTree
     scales: dict[str, Array]
 
 
-@stage(takes="moments", gives="moments")
-def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> tuple[Init, Update]:
+@stage(takes="moments", gives="moments", canonical={"storage": forms.canonical})
+def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> Definition:
     """Replaces ν by the largest it has been.
 
         nu_max ← max(nu_max, nu)
@@ -52,11 +51,13 @@ def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> tuple
 
     Source: Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond" (2018), Algorithm 2.
     """
-    rest = forms.Rest("nu_max", forms.forms(storage, None, nu_dtype)[1], signed=False)
+    slot = forms.MomentSlot(
+        "nu_max", forms.forms(storage, None, nu_dtype)[1], signed=False, meaning="the maximum of {nu}", label="largest ν"
+    )
 
     def init(params: PyTree) -> KeepMaximumState:
-        nu_max = like_params(lambda p: rest.first(jnp.shape(p), real_dtype(p)), params)
-        return KeepMaximumState(nu_max, rest.first_scales(nu_max))
+        nu_max = slot.init(params)
+        return KeepMaximumState(nu_max, slot.first_scales(nu_max))
 
     def update(updates: Any, state: KeepMaximumState, params: Any, context: Context) -> tuple[Moments, KeepMaximumState]:
         moments = expect_moments(updates, "keep_maximum()", needs_nu=True)
@@ -64,36 +65,36 @@ def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> tuple
         def leaf(grad: Any, nu: Array, nu_max: Array) -> Array:
             return jnp.maximum(nu, nu_max.astype(nu.dtype))
 
-        before = rest.widen(state.nu_max, state.scales)
+        before = slot.widen(state.nu_max, state.scales)
         nu_max = lift(leaf, moments.grad, free=("nu",), nu=moments.nu, nu_max=before)
-        kept, scales = rest.narrow(
+        kept, scales = slot.narrow(
             nu_max, state.nu_max, state.scales, moments.count, context.stream("keep_maximum"), context.gate
         )
         return moments._replace(nu=nu_max), KeepMaximumState(kept, scales)
 
-    return init, update
+    return Definition(init, update, (slot,), counter=None)
 
 
 class MixSlowMeanState(NamedTuple):
     """State of `mix_slow_mean`.
 
     Attributes:
-      step: steps taken, int32.
-      mu_slow: the slow first moment at rest.
-      hyperparams: the values that the last step used.
-      scales: as in `TrackMomentsState`.
+      step: steps taken, int32; `None` where there is no schedule.
+      mu_slow: the slow first moment as it is stored.
+      hyperparams: b3 and alpha if they are settable.
+      scales: as in the states of `track_moments`.
     """
 
-    step: Array
+    step: Array | None
     mu_slow: PyTree
     hyperparams: dict[str, Array]
     scales: dict[str, Array]
 
 
-@stage(takes="moments", gives="moments")
+@stage(takes="moments", gives="moments", canonical={"storage": forms.canonical})
 def mix_slow_mean(
     b3: ScalarOrSchedule = 0.9999, alpha: ScalarOrSchedule = 5.0, *, mu_dtype: Any = None, storage: Storage = "float32"
-) -> tuple[Init, Update]:
+) -> Definition:
     """Adds a second, slow first moment, which is not corrected for its bias.
 
         mu_slow ← mu_slow + (1 − b3)·(g − mu_slow)
@@ -107,18 +108,19 @@ def mix_slow_mean(
 
     Source: Pagliardini, Ablin & Grangier, "The AdEMAMix Optimizer" (2024), §3.
     """
-    hypers = {"b3": Hyperparameter("b3", b3, "[0, 1)"), "alpha": Hyperparameter("alpha", alpha, "[0, inf)")}
-    rest = forms.Rest("mu_slow", forms.forms(storage, mu_dtype)[0])
+    hypers = Hyperparameters(Hyperparameter("b3", b3, "[0, 1)"), Hyperparameter("alpha", alpha, "[0, inf)"))
+    slot = forms.MomentSlot(
+        "mu_slow", forms.forms(storage, mu_dtype)[0], meaning="the slow mean of {}", decay="b3", label="slow μ"
+    )
 
     def init(params: PyTree) -> MixSlowMeanState:
-        slow = like_params(lambda p: rest.first(jnp.shape(p), wide_dtype(p)), params)
-        first = first_values(hypers, scalar_dtype(params))
-        return MixSlowMeanState(jnp.zeros((), jnp.int32), slow, first, rest.first_scales(slow))
+        slow = slot.init(params)
+        return MixSlowMeanState(hypers.first_step(), slow, hypers.kept(scalar_dtype(params)), slot.first_scales(slow))
 
     def update(updates: Any, state: MixSlowMeanState, params: Any, context: Context) -> tuple[Moments, MixSlowMeanState]:
         moments = expect_moments(updates, "mix_slow_mean()")
-        scalars = moments.mu_weight.dtype
-        values = {name: h.at(state.step) for name, h in hypers.items()}
+        scalars = scalar_dtype(moments.mu)
+        values = hypers.at(state.step, state.hyperparams)
         used = {name: cast(value, scalars) for name, value in values.items()}
         average = averaging(values["b3"], used["b3"], complement(values["b3"], scalars))
 
@@ -126,14 +128,14 @@ def mix_slow_mean(
             slow = average(mu_slow.astype(mu.dtype), widen(grad))
             return mu + times(slow, used["alpha"]), slow
 
-        before = rest.widen(state.mu_slow, state.scales)
+        before = slot.widen(state.mu_slow, state.scales)
         mu, slow = lift(leaf, moments.grad, outputs=2, mu=moments.mu, mu_slow=before)
-        kept, scales = rest.narrow(
+        kept, scales = slot.narrow(
             slow, state.mu_slow, state.scales, moments.count, context.stream("mix_slow_mean"), context.gate
         )
-        return moments._replace(mu=mu), MixSlowMeanState(increment(state.step), kept, used, scales)
+        return moments._replace(mu=mu), MixSlowMeanState(increment(state.step), kept, state.hyperparams, scales)
 
-    return init, update
+    return Definition(init, update, (slot,), hypers)
 
 
 @stage(takes="moments", gives="moments")
@@ -154,6 +156,6 @@ def center() -> tuple[Init, Update]:
             return widen(grad), jnp.maximum(nu - square(mu), 0)
 
         mu, nu = lift(leaf, moments.grad, outputs=2, free=("nu",), mu=moments.mu, nu=moments.nu)
-        return moments._replace(mu=mu, nu=nu, mu_weight=jnp.ones_like(moments.mu_weight)), state
+        return moments._replace(mu=mu, nu=nu, mu_weight=jnp.ones_like(moments.mu_rate)), state
 
     return stateless, update

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._hyperparams import Hyperparameter, ScalarOrSchedule, cast, first_values, increment
-from adam_jax._moments import by_leaf, expect_moments
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, ScalarOrSchedule, cast, increment
+from adam_jax._moments import by_leaf, expect_moments, expect_weight
+from adam_jax._spec import Definition, Init, Update
 from adam_jax._sums import hide, norm
-from adam_jax._transformation import Context, Init, Update, stage, stateless
+from adam_jax._transformation import stage, stateless
 from adam_jax._tree import PyTree, as_wide, expect_params, finfo, lift, over, scalar_dtype, times, widen
 
 
 class ScaleByMomentsState(NamedTuple):
-    """State of `scale_by_moments`: the values that the last step used."""
+    """State of `scale_by_moments`: the ε that are settable."""
 
     hyperparams: dict[str, Array]
 
@@ -29,7 +31,7 @@ def scale_by_moments(
     floor: bool = False,
     root: bool = True,
     correct_last: bool = False,
-) -> tuple[Init, Update]:
+) -> Definition:
     """The quotient that is Adam: the mean gradient in units of its root mean square.
 
         update = mu / (√(nu + eps_root) + eps)
@@ -52,16 +54,18 @@ def scale_by_moments(
     Source: Kingma & Ba (2015), Algorithm 1, as PyTorch and Optax have it. With `correct_last` the efficient form at the end of
     §2, whose ε̂ counts as ε̂/√(1 − b2ᵗ) in the other, as TensorFlow and Keras have it.
     """
-    hypers = {"eps": Hyperparameter("eps", eps, "[0, inf)"), "eps_root": Hyperparameter("eps_root", eps_root, "[0, inf)")}
+    hypers = Hyperparameters(Hyperparameter("eps", eps, "[0, inf)"), Hyperparameter("eps_root", eps_root, "[0, inf)"))
 
     def init(params: PyTree) -> ScaleByMomentsState:
-        return ScaleByMomentsState(first_values(hypers, scalar_dtype(params)))
+        return ScaleByMomentsState(hypers.kept(scalar_dtype(params)))
 
     def update(updates: Any, state: ScaleByMomentsState, params: Any, context: Context) -> tuple[PyTree, ScaleByMomentsState]:
         moments = expect_moments(updates, "scale_by_moments()", needs_nu=True)
-        used = {name: cast(h.at(moments.count - 1), moments.mu_weight.dtype) for name, h in hypers.items()}
+        scalars = scalar_dtype(moments.mu)
+        used = {name: cast(value, scalars) for name, value in hypers.at(moments.count - 1, state.hyperparams).items()}
         readiness = None if moments.nu_ready is None else by_leaf(moments.nu_ready)
-        correction = by_leaf(jnp.sqrt(moments.nu_weight)) if correct_last else None
+        weight = expect_weight(moments.nu_weight, "scale_by_moments(correct_last=True)") if correct_last else None
+        correction = None if weight is None else by_leaf(jnp.sqrt(weight))
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
             least = 2.0 ** (finfo(nu.dtype).minexp // 2)
@@ -74,9 +78,9 @@ def scale_by_moments(
             scaled = scaled if correction is None else times(scaled, correction())
             return scaled if readiness is None else jnp.where(readiness(), scaled, mu)
 
-        return lift(leaf, moments.grad, free=("nu",), mu=moments.mu, nu=moments.nu), ScaleByMomentsState(used)
+        return lift(leaf, moments.grad, free=("nu",), mu=moments.mu, nu=moments.nu), state
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers, counter=None, root=root)
 
 
 @stage(takes="moments", gives="updates")
@@ -139,16 +143,16 @@ class ClipElementsState(NamedTuple):
     """State of `clip_elements`.
 
     Attributes:
-      step: steps taken, int32.
-      hyperparams: the limit that the last step used.
+      step: steps taken, int32; `None` where there is no schedule.
+      hyperparams: the limit if it is settable.
     """
 
-    step: Array
+    step: Array | None
     hyperparams: dict[str, Array]
 
 
 @stage(takes="updates", gives="updates", rate="before")
-def clip_elements(limit: ScalarOrSchedule) -> tuple[Init, Update]:
+def clip_elements(limit: ScalarOrSchedule) -> Definition:
     """Limits every element of the updates to ±limit; a complex one to that absolute value.
 
     Args:
@@ -156,13 +160,13 @@ def clip_elements(limit: ScalarOrSchedule) -> tuple[Init, Update]:
 
     Source: Taniguchi et al., "ADOPT" (2024), Algorithm 2.
     """
-    hypers = {"limit": Hyperparameter("limit", limit, "[0, inf)")}
+    hypers = Hyperparameters(Hyperparameter("limit", limit, "[0, inf)"))
 
     def init(params: PyTree) -> ClipElementsState:
-        return ClipElementsState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+        return ClipElementsState(hypers.first_step(), hypers.kept(scalar_dtype(params)))
 
     def update(updates: Any, state: ClipElementsState, params: Any, context: Context) -> tuple[PyTree, ClipElementsState]:
-        used = cast(hypers["limit"].at(state.step), state.hyperparams["limit"].dtype)
+        used = cast(hypers["limit"].at(state.step, state.hyperparams), scalar_dtype(updates))
 
         def leaf(update: Any) -> Array:
             update = as_wide(update)
@@ -172,9 +176,9 @@ def clip_elements(limit: ScalarOrSchedule) -> tuple[Init, Update]:
                 return times(update, jnp.where(size > most, most / jnp.where(size == 0, 1, size), 1))
             return jnp.clip(update, -most, most)
 
-        return lift(leaf, updates), ClipElementsState(increment(state.step), {"limit": used})
+        return lift(leaf, updates), state._replace(step=increment(state.step))
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers)
 
 
 @stage(takes="updates", gives="updates", rate="before")

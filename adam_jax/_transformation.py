@@ -11,185 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
+from adam_jax._context import Context
 from adam_jax._hyperparams import expect_one_of
-from adam_jax._tree import PyTree, expect_array
+from adam_jax._identity import expect_state
+from adam_jax._spec import Definition, Flow, Init, Spec, Update, bind, is_transformation, show, swapped
+from adam_jax._tree import PyTree, brief, expect_array
 
 P = ParamSpec("P")
-
-
-class Gate:
-    """Whether a step is taken, and the choice between new and old arrays that follows.
-
-    Args:
-      takes: a boolean scalar.
-    """
-
-    def __init__(self, takes: jax.Array) -> None:
-        self.takes = takes
-        self._chosen: dict[int, Any] = {}
-
-    def choose(self, new: Any, old: Any) -> Any:
-        """The new array or the old. What was chosen before is not chosen again: a TPU would write it twice."""
-        if id(new) in self._chosen:
-            return new
-        if jnp.issubdtype(new.dtype, jnp.floating) and new.dtype.itemsize < 4:
-            # Chosen as narrow numbers they would be a second pass over memory.
-            chosen = jnp.where(self.takes, new.astype(np.float32), old.astype(np.float32)).astype(new.dtype)
-        else:
-            chosen = jnp.where(self.takes, new, old)
-        self._chosen[id(chosen)] = chosen
-        return chosen
-
-    def hold(self, after: PyTree, before: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
-        """The state after a step that may not be taken, and the updates with it.
-
-        What is in both, a moment that flows on as it rests, is the chosen one in both. Otherwise the next stage would need a
-        number that is not stored, and a CPU, which makes a loop of each array, would copy the state to compute it again.
-        """
-        chosen = jax.tree.map(self.choose, after, before)
-        same = {id(new): its for new, its in zip(jax.tree.leaves(after), jax.tree.leaves(chosen), strict=True)}
-        return chosen, jax.tree.map(lambda x: same.get(id(x), x), updates)
-
-
-class Context(NamedTuple):
-    """What a stage learns beyond the updates that its neighbour hands it.
-
-    Attributes:
-      gradient: the updates as they entered the outermost chain; outside of one, the extra argument `gradient`, if given.
-      applied: whether the learning rate is already in the updates; `None` where that cannot be known.
-      learning_rate: the rate that was applied last in this chain, a scalar array, or `None`.
-      inside: whether a chain of this package is calling. It rounds the final updates itself, so a stage need not.
-      extra: the extra arguments of `update`, for stages of others.
-      rounded: whether the updates step from one number of the parameters' dtype to another.
-      gate: what chooses between the new states of stages and the old, where a guard may skip the step.
-      probe: what looks at the values between stages, for `observe`.
-      earlier: how many stages of each name stand before this one, in its chain and in those around it.
-    """
-
-    gradient: PyTree | None = None
-    applied: bool | None = None
-    learning_rate: Any = None
-    inside: bool = False
-    extra: Mapping[str, Any] = {}
-    rounded: bool = False
-    gate: Gate | None = None
-    probe: Any = None
-    earlier: Mapping[str, int] = {}
-
-    def stream(self, name: str) -> str:
-        """The name of a stage's random bits: its own, and how many stages of that name come before it in the chain.
-
-        Not the position: the same bits serve a stage whether something stands in front of it or not.
-        """
-        return f"{name} {self.earlier.get(name, 0)}"
-
-
-class Flow(NamedTuple):
-    """What a stage takes and gives, for `chain` to check.
-
-    Attributes:
-      takes: "moments", "updates" (a plain tree), or "any".
-      gives: "moments", "updates", or "same" as it took.
-      rate: "applies" for the stage that multiplies by the learning rate, and turns ascent into descent; "before" or "after"
-        for one that is right on that side of it only.
-      bias: "corrects" for the stage that divides moments by their weights, "before" for one that still needs the weights.
-      end: "rounds" for the stage whose updates must reach the parameters as they are, "reads" for one that leaves them so, and
-        may stand behind it.
-    """
-
-    takes: Literal["moments", "updates", "any"] = "updates"
-    gives: Literal["moments", "updates", "same"] = "updates"
-    rate: Literal["applies", "before", "after"] | None = None
-    bias: Literal["corrects", "before"] | None = None
-    end: Literal["rounds", "reads"] | None = None
-
-
-Init: TypeAlias = Callable[[PyTree], PyTree]
-Update: TypeAlias = Callable[[Any, Any, Any, Context], tuple[Any, Any]]
-
-
-class Spec:
-    """One call that builds a transformation: the function that was called, its arguments, and what came of it.
-
-    Of a wrapper, `inner` is what it wraps: by name where its state has `inner_states`, else its argument `tx`, whose state is its
-    `inner_state`.
-    """
-
-    def __init__(
-        self,
-        build: Callable[..., Any],
-        arguments: inspect.BoundArguments,
-        init: Init,
-        update: Update,
-        flow: Flow,
-        stages: tuple[Any, ...] = (),
-        inner: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.build, self.arguments, self.flow, self.stages = build, arguments, flow, stages
-        tx = arguments.arguments.get("tx")
-        self.inner = inner or ({"": tx} if is_transformation(tx) else {})
-        self.init, self.update = init, update
-        self.key: Hashable = stages or (build, _freeze(arguments.arguments))
-        self.hash = hash(self.key)
-
-    def __reduce__(self) -> Any:
-        return _rebuild, (self.build, self.arguments.args, self.arguments.kwargs)
-
-    def __repr__(self) -> str:
-        parameters = self.arguments.signature.parameters
-        shown = []
-        for name, value in self.arguments.arguments.items():
-            kind = parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                shown += [show(part) for part in value]
-                continue
-            main_number = isinstance(value, float) and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            if main_number or _freeze(value) != _freeze(parameters[name].default):
-                shown.append(f"{name}={show(value)}")
-        module = self.build.__module__.removeprefix("adam_jax.")
-        name = f"{module}.{self.build.__name__}" if module.startswith("presets.") else self.build.__name__
-        return f"{name}({', '.join(shown)})"
-
-
-def _rebuild(build: Callable[..., Transformation], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spec:
-    return build(*args, **kwargs).init.spec
-
-
-def _freeze(value: Any) -> Hashable:
-    """A hashable stand-in that is equal for equal arguments; a traced value equals itself alone."""
-    if isinstance(value, jax.core.Tracer):
-        return "traced", id(value)
-    if isinstance(value, (jax.Array, np.ndarray)):
-        array = np.asarray(value)
-        return array.shape, str(array.dtype), array.tobytes()
-    try:
-        hash(value)
-    except TypeError:
-        if isinstance(value, Mapping):
-            return tuple((name, _freeze(its)) for name, its in value.items())  # in order, which can matter
-        leaves, treedef = jax.tree.flatten(value)
-        if len(leaves) == 1 and leaves[0] is value:
-            return "object", id(value)
-        return treedef, tuple(map(_freeze, leaves))
-    return value  # type: ignore[no-any-return]
-
-
-def show(value: Any) -> str:
-    if isinstance(value, optax.GradientTransformation) and not isinstance(value, Transformation):
-        name = getattr(value.update, "__qualname__", type(value).__name__).split(".")[0]
-        return f"<{name} of {value.init.__module__.split('.')[0]}>"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name!r}: {show(its)}' for name, its in value.items())}}}"
-    return getattr(value, "__qualname__", None) or repr(value)
 
 
 class _Function:
@@ -229,6 +63,7 @@ class _Init(_Function):
 
 class _Update(_Function):
     def __call__(self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[Any, Any]:
+        expect_state(self.spec, state, f"{self.spec.build.__name__}: update")
         with _of_arrays(f"{self.spec.build.__name__}: update", updates, params):
             return self.spec.update(updates, state, params, Context(gradient=extra.get("gradient"), extra=extra))
 
@@ -263,15 +98,13 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return repr(self.init.spec)
 
 
-def is_transformation(tx: Any) -> bool:
-    """Whether it is a pair of `init` and `update`, of this package or of others."""
-    return isinstance(tx, tuple) and callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
-
-
 def expect_transformation(tx: Any, who: str) -> None:
     """Refuses what is no transformation."""
     if not is_transformation(tx):
-        raise TypeError(f"{who}: tx: found {tx!r}; expected a gradient transformation, for example adam_jax.adam(1e-3).")
+        raise TypeError(
+            f"{who}: tx: found {brief(tx)}; expected a gradient transformation, for example adam_jax.adam(1e-3)."
+            f"{swapped(tx, who)}"
+        )
 
 
 def first_state(tx: Any, params: PyTree, who: str) -> PyTree:
@@ -306,7 +139,7 @@ def expect_optimizer(tx: Any, who: str) -> Flow:
     if not is_transformation(tx):
         called = " (a function: did you mean to call it?)" if callable(tx) else ""
         called = " (did you mean its .gradient_transformation()?)" if hasattr(tx, "gradient_transformation") else called
-        raise TypeError(f"{who}: found {show(tx)}{called}; expected a gradient transformation, such as adam(1e-3).")
+        raise TypeError(f"{who}: found {brief(tx)}{called}; expected a gradient transformation, such as adam(1e-3).")
     flow = tx.flow if isinstance(tx, Transformation) else Flow()
     if "moments" in (flow.takes, flow.gives):
         raise ValueError(
@@ -315,35 +148,15 @@ def expect_optimizer(tx: Any, who: str) -> Flow:
     return flow
 
 
-def wrapped(tx: Any, state: Any) -> list[tuple[str, Any, Any]]:
-    """What a wrapper of this package wraps: its place in the wrapper's state, the transformation, and its state."""
-    inner = tx.init.spec.inner if isinstance(tx, Transformation) else {}
-    if hasattr(state, "inner_states"):
-        return [(f".inner_states[{name!r}]", part, state.inner_states[name]) for name, part in inner.items()]
-    return [(".inner_state", part, state.inner_state) for part in inner.values() if hasattr(state, "inner_state")]
-
-
-def rewrapped(tx: Any, state: Any, states: list[Any]) -> Any:
-    """A wrapper's state with other ones inside, in the order of `wrapped`."""
-    if hasattr(state, "inner_states"):
-        return state._replace(inner_states=dict(zip(tx.init.spec.inner, states, strict=True)))
-    return state._replace(inner_state=states[0])
-
-
-def bind(build: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
-    arguments = inspect.signature(build).bind(*args, **kwargs)
-    arguments.apply_defaults()
-    return arguments
-
-
 def stage(
     takes: Literal["moments", "updates", "any"] = "updates",
     gives: Literal["moments", "updates", "same"] = "same",
     rate: Callable[..., Any] | str | None = None,
     bias: Literal["corrects", "before"] | None = None,
     end: Literal["rounds", "reads"] | None = None,
-) -> Callable[[Callable[P, tuple[Init, Update]]], Callable[P, Transformation]]:
-    """Makes a function of hyperparameters that returns `init(params)` and `update(updates, state, params, context)` a stage.
+    canonical: Mapping[str, Callable[[Any], Any]] = {},
+) -> Callable[[Callable[P, Definition | tuple[Init, Update]]], Callable[P, Transformation]]:
+    """Makes a stage of a function of hyperparameters that returns `init` and `update`, or a whole `Definition`.
 
         @stage(takes="updates", gives="updates", rate="before")
         def scale_by_sign(strength=1.0):
@@ -361,6 +174,8 @@ def stage(
       rate: see `Flow`; or a function of the stage's arguments that says it, where it depends on them.
       bias: see `Flow`.
       end: see `Flow`.
+      canonical: functions by the name of an argument. Each returns the one spelling of a value that can be written in several
+        ways: transformations are equal if these are.
 
     Raises:
       ValueError: for an unknown `takes` or `gives`.
@@ -368,17 +183,55 @@ def stage(
     expect_one_of("stage: takes", takes, ("moments", "updates", "any"))
     expect_one_of("stage: gives", gives, ("moments", "updates", "same"))
 
-    def decorate(make: Callable[P, tuple[Init, Update]]) -> Callable[P, Transformation]:
+    def decorate(make: Callable[P, Definition | tuple[Init, Update]]) -> Callable[P, Transformation]:
         @functools.wraps(make)
         def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
             arguments = bind(make, args, kwargs)
+            arguments.arguments |= {name: spell(arguments.arguments[name]) for name, spell in canonical.items()}
             side: Any = rate(**arguments.arguments) if callable(rate) else rate
-            spec = Spec(build, arguments, *make(*args, **kwargs), Flow(takes, gives, side, bias, end))
-            return transformation(spec)
+            definition = Definition(*make(*arguments.args, **arguments.kwargs))
+            flow = Flow(takes, gives, side, bias, end)
+            its = definition
+            return transformation(Spec(build, arguments, its.init, its.update, flow, inner=its.inner, definition=its))
 
         return build
 
     return decorate
+
+
+def wrapper(make: Callable[Concatenate[Any, P], tuple[Init, Update]]) -> Callable[..., Transformation]:
+    """Makes a wrapper of a function of a transformation, and of more arguments, that returns `init` and `update`.
+
+        class CountedState(NamedTuple):
+            inner_state: Any
+            steps: Array
+
+        @wrapper
+        def counted(tx):
+            def init(params):
+                return CountedState(tx.init(params), jnp.zeros((), jnp.int32))
+
+            def update(updates, state, params, context):
+                updates, inner = call_update(tx, updates, state.inner_state, params, context)
+                return updates, CountedState(inner, state.steps + 1)
+
+            return init, update
+
+    The state is a NamedTuple whose field `inner_state` has the state of what is wrapped.
+
+    Raises:
+      TypeError: when the wrapper is made, for what is no transformation.
+      ValueError: for a transformation that takes or gives `Moments`.
+    """
+
+    @functools.wraps(make)
+    def build(tx: Any, *args: P.args, **kwargs: P.kwargs) -> Transformation:
+        flow = expect_optimizer(tx, make.__name__)
+        inner = tx if isinstance(tx, Transformation) else optax.with_extra_args_support(tx)
+        init, update = make(inner, *args, **kwargs)
+        return transformation(Spec(build, bind(make, (tx, *args), kwargs), init, update, flow, inner={"": inner}))
+
+    return build
 
 
 def recipe(make: Callable[P, Transformation]) -> Callable[P, Transformation]:

@@ -33,6 +33,20 @@ def dtype_of(leaf: Any) -> Any:
     return dtype
 
 
+def brief(value: Any) -> str:
+    """Returns how an error shows a value that was not expected: in short, and never with the elements of an array."""
+    if _is_array(value):
+        return f"an array of {value.dtype} and shape {value.shape}" if value.shape else repr(value)
+    if any(map(_is_array, jax.tree.leaves(value))):
+        return f"a value of type {type(value).__name__} that holds arrays"
+    text = getattr(value, "__qualname__", None) or repr(value)
+    return text if len(text) <= 200 else f"a value of type {type(value).__name__}"
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(getattr(value, "shape", None), tuple) and hasattr(value, "dtype")
+
+
 def expect_array(leaf: Any, who: str) -> None:
     """Refuses what is neither an array nor its shape, before JAX does in its own words.
 
@@ -43,7 +57,7 @@ def expect_array(leaf: Any, who: str) -> None:
         dtype_of(leaf)
     except TypeError as error:
         hint = "Of an Equinox module pass eqx.filter(model, eqx.is_array)."
-        said = str(error) if "PyTorch" in str(error) else f"found {leaf!r}; expected an array or its shape. {hint}"
+        said = str(error) if "PyTorch" in str(error) else f"found {brief(leaf)}; expected an array or its shape. {hint}"
         raise TypeError(f"{who}: {said}") from error
 
 
@@ -79,10 +93,43 @@ def scalar_dtype(tree: PyTree) -> Any:
     return jnp.dtype(jnp.float64) if any(dtype == jnp.float64 for dtype in wide) else jnp.dtype(jnp.float32)
 
 
+def wider_dtype(leaf: Any, other: Any) -> Any:
+    """The wider dtype of two leaves that take part.
+
+    It is what `jnp.promote_types` gives: of bfloat16 and float16 it is float32, because neither holds the other. Unlike that
+    function it works under strict promotion, and for dtypes of 8 bits, of which the wider one is at least float32.
+    """
+    a, b = dtype_of(leaf), dtype_of(other)
+    return a if a == b else np.promote_types(wide_dtype(leaf), wide_dtype(other))
+
+
+def leaving_dtype(gradient: Any, param: Any) -> Any:
+    """The dtype in which the update of a leaf leaves the outermost chain.
+
+    A float32 parameter with a bfloat16 gradient needs a float32 update. In bfloat16 it would lose 16 of its 24 bits.
+
+    Args:
+      gradient: the leaf as it entered.
+      param: its parameter, or `None`.
+    """
+    return wider_dtype(gradient, param) if param is not None and takes_part(param) else dtype_of(gradient)
+
+
 def as_wide(leaf: Any) -> Array:
     """A leaf in the dtype it is computed in."""
     wide = wide_dtype(leaf)
     return leaf if isinstance(leaf, Array) and leaf.dtype == wide else jnp.asarray(leaf, wide)
+
+
+def as_wide_as(leaf: Any, *others: Any) -> Any:
+    """Returns a leaf in a dtype that holds it and the others, if the dtype that it is computed in does not.
+
+    Args:
+      leaf: a leaf that takes part.
+      *others: leaves that take part, or `None`.
+    """
+    wide = np.result_type(*(wide_dtype(x) for x in (leaf, *others) if x is not None))
+    return leaf if wide == wide_dtype(leaf) else jnp.asarray(leaf, wide)
 
 
 def widen(grad: Any) -> Array:
@@ -269,14 +316,20 @@ def expect_params(params: PyTree | None, who: str) -> PyTree:
 
 
 def narrow(updates: PyTree, gradient: PyTree, params: PyTree | None, rounded: bool = False) -> PyTree:
-    """Rounds f32 updates, once, to the dtypes of `gradient`; those that already step from number to number stay exact.
+    """Rounds updates, once, to the wider of the dtypes of `gradient` and `params`.
 
     The update of an integer leaf is zero: in its parameter's dtype, since `float0` cannot be added and `optax.apply_updates`
     would stop at it. Without `params` a `float0` stays what it is.
+
+    Args:
+      updates: what the stages made, float32 or wider.
+      gradient: a tree whose leaves have the gradients' dtypes.
+      params: the parameters. Without them the dtypes are those of `gradient`.
+      rounded: whether the updates of half-precision parameters step from number to number. These stay as they are.
     """
 
     def leaf(u: Array, g: Any, p: Any) -> Array:
-        return u if rounded and is_half(p) else u.astype(dtype_of(g))
+        return u if rounded and is_half(p) else u.astype(leaving_dtype(g, p))
 
     narrowed = lift(leaf, updates, incoming=gradient, params=params)
 

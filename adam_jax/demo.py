@@ -375,7 +375,7 @@ def train(
             rate, edge, [*progress.steps, int(last)], [*progress.losses, loss], [*progress.accuracies, accuracy], seconds
         )
         if log:
-            log(int(last), _scalars(carry[1], loss, accuracy))
+            log(int(last), _scalars(make(rate), carry[1], loss, accuracy))
             look = {name: float(value) for name, value in adam_jax.observations(carry[1]).items()}
             if step := int(look.pop("step")):
                 log(step, look)
@@ -388,9 +388,9 @@ def train(
     return Course(rate, edge, progress.steps, progress.losses, progress.accuracies, loss, accuracy, progress.seconds)
 
 
-def _scalars(state: Any, loss: float, accuracy: float) -> dict[str, float]:
+def _scalars(tx: Any, state: Any, loss: float, accuracy: float) -> dict[str, float]:
     """What is logged at an evaluation."""
-    rate = adam_jax.hyperparameters(state)["learning_rate"]
+    rate = adam_jax.hyperparameters(state, tx)["learning_rate"]
     return {"training loss": loss, "test accuracy": accuracy, "learning rate": float(rate)}
 
 

@@ -15,20 +15,12 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from adam_jax._context import Context
 from adam_jax._hyperparams import expect_integer, increment
 from adam_jax._probe import METRICS, Probe, sights
+from adam_jax._spec import Spec, bind, show, wrapped
 from adam_jax._sums import agreed, hide
-from adam_jax._transformation import (
-    Context,
-    Spec,
-    Transformation,
-    bind,
-    expect_optimizer,
-    show,
-    take_step,
-    transformation,
-    wrapped,
-)
+from adam_jax._transformation import Transformation, expect_optimizer, take_step, transformation
 from adam_jax._tree import PyTree, expect_params, nodes, takes_part
 from adam_jax.groups import by_path, labels, only
 
@@ -123,8 +115,8 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
         def look() -> dict[str, Array]:
             elements = sum(jnp.size(leaf) for leaf in jax.tree.leaves(updates) if takes_part(leaf))
             probe = Probe(lambda size: max(16, sample * size // max(elements, 1)))
-            made, after = take_step(inner, updates, state.inner_state, params, context._replace(gate=None, probe=probe))
-            probe.end(updates, made, state.inner_state, after, params)
+            made, _ = take_step(inner, updates, state.inner_state, params, context._replace(gate=None, probe=probe))
+            probe.end(inner, updates, made, state.inner_state, params)
             found = {f"{group}/{name}": x for group, its in probe.seen().items() for name, x in its.metrics().items()}
             # Of a group without parameters that train, and of what it has not, there is nothing to keep.
             return {"step": step} | {name: agreed(found[name], lax.pmean) for name in state.observed if name != "step"}
@@ -139,7 +131,7 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
         return made, ObserveState(after, step, observed)
 
     arguments = bind(observe, (tx,), {"every": every, "sample": sample})
-    return transformation(Spec(observe, arguments, init, update, flow))
+    return transformation(Spec(observe, arguments, init, update, flow, inner={"": tx}))
 
 
 def _once(observed: dict[str, Array], tree: PyTree) -> PyTree:
@@ -184,7 +176,7 @@ def _groups(tx: Any, params: PyTree, state: Any, prefix: str = "") -> Iterator[t
     for part, its in zip(spec.stages, state if spec.stages else (), strict=True):
         yield from _groups(part, params, its, prefix)
     if spec.build is not by_path:
-        for _, part, its in wrapped(tx, state):
+        for _, _, part, its in wrapped(tx, state):
             yield from _groups(part, params, its, prefix)
         return
     said = spec.arguments.arguments

@@ -51,8 +51,8 @@ __all__ = [
 # fmt: off
 
 
-def _ahead(b1: Number, nesterov: bool) -> tuple[Transformation, ...]:
-    return (look_ahead(b1),) if nesterov else ()
+def _ahead(nesterov: bool) -> tuple[Transformation, ...]:
+    return (look_ahead(),) if nesterov else ()
 
 
 @recipe
@@ -74,7 +74,7 @@ def adam(
     """
     return chain(
         track_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype, storage=storage),
-        *_ahead(b1, nesterov),
+        *_ahead(nesterov),
         correct_bias(),
         scale_by_moments(eps, eps_root),
         scale_by_learning_rate(learning_rate),
@@ -105,7 +105,7 @@ def adamw(
     last = scale_by_learning_rate(learning_rate)
     direction = (
         track_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype, storage=storage),
-        *_ahead(b1, nesterov),
+        *_ahead(nesterov),
         correct_bias(),
         scale_by_moments(eps, eps_root),
     )
@@ -241,7 +241,7 @@ def radam(
     """
     return chain(
         track_moments(b1, b2, storage=storage),
-        *_ahead(b1, nesterov),
+        *_ahead(nesterov),
         rectify(threshold),
         correct_bias(),
         scale_by_moments(eps, eps_root),
@@ -265,7 +265,7 @@ def adabelief(
     """
     return chain(
         track_moments(b1, b2, nu_rule="belief", nu_eps=eps_root, storage=storage),
-        *_ahead(b1, nesterov),
+        *_ahead(nesterov),
         correct_bias(),
         scale_by_moments(eps),
         scale_by_learning_rate(learning_rate),
@@ -338,7 +338,7 @@ def momentum(
     Elsewhere: PyTorch's SGD with dampening=0 is the sum; with dampening=momentum it is the mean, uncorrected.
     """
     tracked = track_moments(momentum, None, mu_rule="mean" if dampened else "sum", mu_dtype=accumulator_dtype, storage=storage)
-    direction = (*_ahead(momentum, nesterov), correct_bias(), take_mu()) if dampened else (take_mu(nesterov=nesterov),)
+    direction = (*_ahead(nesterov), correct_bias(), take_mu()) if dampened else (take_mu(nesterov=nesterov),)
     return chain(tracked, *direction, scale_by_learning_rate(learning_rate))
 
 
@@ -373,7 +373,9 @@ def rmsprop(
         track_moments(momentum, None, mu_rule="sum", storage=storage), take_mu(nesterov=nesterov)
     )
     return chain(
-        track_moments(decay if centered else None, decay, nu_init=initial_scale, storage=storage),
+        track_moments(
+            decay if centered else None, decay, nu_init=initial_scale, debias=bias_correction, storage=storage
+        ),
         *((correct_bias(),) if bias_correction else ()),
         *((center(),) if centered else ()),
         scale_by_moments(0.0, eps) if eps_in_sqrt else scale_by_moments(eps),

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._hyperparams import Hyperparameter, Scalar, ScalarOrSchedule, expect_one_of
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Multiplied, Scalar, ScalarOrSchedule, Settable, expect_one_of
 from adam_jax._paths import is_box, paths
-from adam_jax._transformation import (
-    Context,
-    Flow,
-    Spec,
-    Transformation,
-    bind,
-    expect_optimizer,
-    hides_rate,
-    show,
-    take_step,
-    transformation,
-)
-from adam_jax._tree import PyTree, dtype_of, lift, takes_part
+from adam_jax._spec import Flow, Spec, bind, show
+from adam_jax._transformation import Transformation, expect_optimizer, hides_rate, take_step, transformation
+from adam_jax._tree import PyTree, brief, dtype_of, leaving_dtype, lift, takes_part
 
 Group: TypeAlias = optax.GradientTransformation | Mapping[str, Any] | Literal["frozen"]
 
@@ -118,13 +108,14 @@ def by_path(
         after = {}
         for name, part in parts.items():
             ours = functools.partial(only, name, its)
-            grads, held, gradient = (None if tree is None else ours(tree) for tree in (updates, params, context.gradient))
+            trees = (updates, params, context.gradient, context.incoming)
+            grads, held, gradient, incoming = (None if tree is None else ours(tree) for tree in trees)
             probe = None if context.probe is None else context.probe.group(name)
             extra = {key: ours(value) if _is_like(structure, value) else value for key, value in context.extra.items()}
-            inner = context._replace(gradient=gradient, extra=extra, probe=probe)
+            inner = context._replace(gradient=gradient, incoming=incoming, extra=extra, probe=probe)
             stepped, after[name] = take_step(part, grads, state.inner_states[name], held, inner)
             if probe is not None:
-                probe.end(grads, stepped, state.inner_states[name], after[name], held)
+                probe.end(part, grads, stepped, state.inner_states[name], held)
             made[name] = iter(jax.tree.leaves(stepped))
         leaves = jax.tree.leaves(updates)
         old = leaves if params is None else jax.tree.leaves(params)
@@ -186,14 +177,14 @@ def _is_like(structure: Any, value: Any) -> bool:
 def _still(update: Any, param: Any, known: bool) -> Any:
     """The update of a frozen leaf: −0, which changes no bit of a parameter."""
     if takes_part(update):
-        return -jnp.zeros_like(update)
+        return -jnp.zeros_like(update, leaving_dtype(update, param if known else None))
     return jnp.zeros(jnp.shape(param), dtype_of(param)) if known else update
 
 
 def _expect_patterns(groups: Any) -> None:
     if not isinstance(groups, Mapping) or not groups:
         raise (ValueError if isinstance(groups, Mapping) else TypeError)(
-            f"by_path: groups: found {groups!r}; expected a mapping from patterns to transformations, overrides or 'frozen'."
+            f"by_path: groups: found {brief(groups)}; expected a mapping from patterns to transformations, overrides or 'frozen'."
         )
     for pattern in groups:
         if not isinstance(pattern, str):
@@ -220,18 +211,6 @@ def _flow(parts: Mapping[str, Any], flows: Mapping[str, Flow]) -> Flow:
     return Flow("updates", "updates", rate, None, end)
 
 
-@dataclasses.dataclass(frozen=True)
-class Multiplied:
-    """A schedule times a factor: a value, as the transformation is that holds it."""
-
-    schedule: Callable[[Any], Any]
-    factor: Any
-
-    def __call__(self, count: Any) -> Any:
-        """The product at the step."""
-        return self.schedule(count) * self.factor
-
-
 def _overridden(default: Any, changes: Mapping[str, Any], who: str) -> Transformation:
     """`default`, built again with other arguments."""
     spec = default.init.spec if isinstance(default, Transformation) else None
@@ -253,8 +232,8 @@ def _overridden(default: Any, changes: Mapping[str, Any], who: str) -> Transform
     said |= {name: value for name, value in changes.items() if name != MULTIPLIER}
     if MULTIPLIER in changes:
         factor = changes[MULTIPLIER]
-        if callable(factor):
-            raise TypeError(f"{who}: {MULTIPLIER}: found the schedule {factor!r}; expected a number. Or give a learning_rate.")
+        if callable(factor) or isinstance(factor, Settable):
+            raise TypeError(f"{who}: {MULTIPLIER}: found {factor!r}; expected a number. Or give a learning_rate.")
         Hyperparameter(f"{who}: {MULTIPLIER}", factor)
         said |= {name: _multiplied(said[name], _number(factor)) for name in rates}
     try:
@@ -265,7 +244,7 @@ def _overridden(default: Any, changes: Mapping[str, Any], who: str) -> Transform
 
 
 def _multiplied(rate: ScalarOrSchedule, factor: Any) -> Any:
-    return Multiplied(rate, factor) if callable(rate) else _number(rate) * factor
+    return Multiplied(rate, factor) if callable(rate) or isinstance(rate, Settable) else _number(rate) * factor
 
 
 def _number(value: Any) -> Scalar:

@@ -19,18 +19,11 @@ from jax import Array, lax
 from jax.experimental import checkify
 
 from adam_jax._chain import is_chain
+from adam_jax._context import Context, Gate
 from adam_jax._hyperparams import Hyperparameter, expect_integer, expect_one_of, increment
+from adam_jax._spec import Spec, bind
 from adam_jax._sums import agreed
-from adam_jax._transformation import (
-    Context,
-    Gate,
-    Spec,
-    Transformation,
-    bind,
-    expect_optimizer,
-    take_step,
-    transformation,
-)
+from adam_jax._transformation import Transformation, expect_optimizer, take_step, transformation
 from adam_jax._tree import PyTree, as_wide, finfo, scalar_dtype, square, takes_part, wide_dtype
 
 P = ParamSpec("P")
@@ -120,7 +113,7 @@ def _guard(make: Callable[P, tuple[type, dict[str, Any], Judge]]) -> Callable[P,
                 **own,
             )
 
-        return transformation(Spec(build, arguments, init, update, flow))
+        return transformation(Spec(build, arguments, init, update, flow, inner={"": tx}))
 
     return build
 

@@ -10,6 +10,7 @@ of what it was.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._codec import HALF, bits_of, float_of, small_float, to_float
+from adam_jax._codec import HALF, bits_of, float_of, small_float, to_float, undifferentiable
+from adam_jax._context import Context
 from adam_jax._hyperparams import increment
 from adam_jax._noise import as_seed, random_bits, stream_keys
 from adam_jax._paths import names
-from adam_jax._transformation import Context, Init, Update, stage
+from adam_jax._spec import Definition, Init, Update
+from adam_jax._transformation import stage
 from adam_jax._tree import PyTree, as_wide, expect_params, is_half, lift
 
 
@@ -40,7 +43,13 @@ class RoundStochasticallyState(NamedTuple):
         return True
 
 
-@stage(takes="updates", gives="updates", rate="after", end="rounds")
+@stage(
+    takes="updates",
+    gives="updates",
+    rate="after",
+    end="rounds",
+    canonical={"seed": functools.partial(as_seed, "round_stochastically: seed")},
+)
 def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
     """Rounds the new parameter up as often as keeps its mean right. Comes last, and keeps nothing but a count.
 
@@ -57,18 +66,18 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
 
     Raises:
       TypeError: if `seed` is no integer.
-      ValueError: in `update`, without `params`; in `chain`, where a stage follows that could change the updates.
+      ValueError: in `update`, without `params`, or where a derivative is taken through it, because rounding has none; in `chain`,
+        where a stage follows that could change the updates.
 
     Source: Zamirai et al., "Revisiting BFloat16 Training" (2020), §4.
     """
-    seed = as_seed("round_stochastically: seed", seed)
 
     def init(params: PyTree) -> RoundStochasticallyState:
         return RoundStochasticallyState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, RoundStochasticallyState]:
         params = expect_params(params, "round_stochastically()")
-        low, rest = _split(updates, params)
+        low, narrow, rest = _rounded_and_rest(updates, params, "round_stochastically")
         its = names(low)
         keys = iter(stream_keys(context.stream("round_stochastically"), its, seed, state.step) if its else ())
 
@@ -77,7 +86,7 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
             new = old + as_wide(update).astype(old.dtype)
             return _step(old, new, as_wide(to_float(new, param.dtype, random_bits(next(keys), new.shape))))
 
-        moved = lift(leaf, low, params=_split(params, params)[0])
+        moved = lift(leaf, low, params=narrow)
         return _merged(moved, rest), RoundStochasticallyState(increment(state.step))
 
     return init, update
@@ -99,7 +108,7 @@ class CompensateState(NamedTuple):
 
 
 @stage(takes="updates", gives="updates", rate="after", end="rounds")
-def compensate() -> tuple[Init, Update]:
+def compensate() -> Definition:
     """Keeps the bits that the parameters lose, and adds them to the next update. Comes last.
 
         exact = (params, lost) read as one float32, + update
@@ -113,7 +122,8 @@ def compensate() -> tuple[Init, Update]:
     For bfloat16 and float16 leaves; others pass untouched and keep nothing.
 
     Raises:
-      ValueError: in `update`, without `params`; in `chain`, where a stage follows that could change the updates.
+      ValueError: in `update`, without `params`, or where a derivative is taken through it, because rounding has none; in `chain`,
+        where a stage follows that could change the updates.
 
     Source: Zamirai et al. (2020), §4, for the place of the summation; Kahan, "Further remarks on reducing truncation errors"
     (1965).
@@ -132,11 +142,11 @@ def compensate() -> tuple[Init, Update]:
             left = small_float(jnp.clip(bits_of(new) - bits_of(rounded), -(2**15), 2**15 - 1) + 2**15) - np.float32(2**15)
             return _step(old, new, rounded), left.astype(np.int16)
 
-        low, rest = _split(updates, params)
-        moved, lost = lift(leaf, low, outputs=2, params=_split(params, params)[0], lost=state.lost)
+        low, narrow, rest = _rounded_and_rest(updates, params, "compensate")
+        moved, lost = lift(leaf, low, outputs=2, params=narrow, lost=state.lost)
         return _merged(moved, rest), CompensateState(lost)
 
-    return init, update
+    return Definition(init, update, trees={"lost": "rounding"}, counter=None)
 
 
 def _split(tree: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -144,6 +154,17 @@ def _split(tree: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
     narrow = lift(lambda x, p: is_half(p), tree, params=params)
     low = jax.tree.map(lambda x, is_low: x if is_low is True else None, tree, narrow)
     return low, jax.tree.map(lambda x, is_low: None if is_low is True else x, tree, narrow)
+
+
+def _rounded_and_rest(updates: PyTree, params: PyTree, who: str) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns the updates and the parameters of the leaves that are rounded, and the updates of the others."""
+    low, rest = _split(updates, params)
+    message = (
+        f"{who}: found a derivative that is taken through the parameters as they are rounded; expected none: rounding has no "
+        f"derivative. To differentiate through steps of the optimizer, leave out {who}() and use float32 parameters."
+    )
+    low, narrow = undifferentiable((low, _split(params, params)[0]), message)
+    return low, narrow, rest
 
 
 def _merged(low: PyTree, rest: PyTree) -> PyTree:

@@ -17,7 +17,8 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from adam_jax._paths import Parameters, Shape, is_scale, owner
-from adam_jax._tree import PyTree, dtype_of
+from adam_jax._spec import swapped
+from adam_jax._tree import PyTree, brief, dtype_of
 
 Axes: TypeAlias = tuple[str, ...]
 
@@ -70,7 +71,10 @@ def state_shardings(
     Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), §5.1.
     """
     if not callable(getattr(tx, "init", None)):
-        raise TypeError(f"state_shardings: found {tx!r}; expected a gradient transformation, and the parameters after it.")
+        hint = swapped(tx, "state_shardings")
+        raise TypeError(
+            f"state_shardings: found {brief(tx)}; expected a gradient transformation, and the parameters after it.{hint}"
+        )
     parameters = _parameters(params_or_shapes, shardings, mesh)
     given = [its.mesh for its in jax.tree.leaves(shardings) if isinstance(its, NamedSharding)]
     mesh = _one_mesh(mesh, given + [its.sharding.mesh for its in parameters.values()])
@@ -112,7 +116,9 @@ def _axes(zero: Any) -> Axes:
     """The mesh axes that `zero` names."""
     axes = () if zero is None else (zero,) if isinstance(zero, str) else zero
     if not isinstance(axes, (tuple, list)) or len(set(axes)) != len(axes):
-        raise ValueError(f"state_shardings: zero: found {zero!r}; expected the name of a mesh axis, or several different ones.")
+        raise ValueError(
+            f"state_shardings: zero: found {brief(zero)}; expected the name of a mesh axis, or several different ones."
+        )
     return tuple(axes)
 
 
@@ -145,7 +151,8 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
         where = f"at leaf {jax.tree_util.keystr(path)}"
         if not isinstance(its, (NamedSharding, PartitionSpec)):
             raise TypeError(
-                f"state_shardings: {where} found {its!r}; expected a jax.sharding.NamedSharding, or a PartitionSpec and mesh=."
+                f"state_shardings: {where} found {brief(its)}; expected a jax.sharding.NamedSharding, or a PartitionSpec and "
+                f"mesh=."
             )
         try:
             sharding = NamedSharding(_one_mesh(mesh), its) if isinstance(its, PartitionSpec) else its
@@ -164,7 +171,7 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
 def _one_mesh(given: Any, found: Sequence[Any] = ()) -> Any:
     """The one mesh of those found and given, or that of `jax.set_mesh`."""
     if given is not None and not isinstance(given, (Mesh, AbstractMesh)):
-        raise TypeError(f"state_shardings: mesh: found {given!r}; expected a jax.sharding.Mesh.")
+        raise TypeError(f"state_shardings: mesh: found {brief(given)}; expected a jax.sharding.Mesh.")
     meshes = list(dict.fromkeys([*found, *([] if given is None else [given])]))
     if not meshes and hasattr(jax.sharding, "get_mesh"):
         meshes = [mesh for mesh in [jax.sharding.get_mesh()] if not mesh.empty]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adam_jax._codec import HALF, Codec, largest_along, pack, to_float, unpack
+from adam_jax._codec import HALF, Codec, largest_along, pack, to_float, undifferentiable, unpack
 from adam_jax._hyperparams import expect_integer, expect_one_of
 from adam_jax._noise import as_seed, random_bits, rotate, stream_keys
 from adam_jax._paths import names
-from adam_jax._tree import PyTree, as_wide, finfo, like_params, narrower_than_float32, takes_part
+from adam_jax._tree import PyTree, as_wide, brief, finfo, like_params, narrower_than_float32, real_dtype, takes_part, wide_dtype
 
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
 
@@ -35,7 +35,10 @@ SHORTEST = 128
 """The smallest number of elements that share a scale, where a leaf has that many. Measured with the compiler of TPU v5e, a scale
 costs 120 bytes of memory traffic per step: 6 % of what 128 elements of parameter, gradient and moments move, 1.5 % of 512."""
 
-_REMEDY = "Pass the state that `init` of this very transformation made, or one that its `update` returned."
+_REMEDY = (
+    "Carry a run over with convert_state(state, from_tx, to_tx, params), or pass the state that `init` of this very "
+    "transformation made."
+)
 
 LARGEST = 2.0**125
 """More than float32 moments can be, and two octaves below infinity: rounding up stays finite."""
@@ -113,8 +116,10 @@ class Codes:
     axis: int | None = -1
 
     def __post_init__(self) -> None:
-        if self.axis is not None and (type(self.axis) is not int or self.axis not in (-1, -2)):
-            raise ValueError(f"storage.Codes: axis: found {self.axis!r}; expected -1, -2 or None.")
+        if self.axis is not None:
+            if not isinstance(self.axis, (int, np.integer)) or self.axis not in (-1, -2):
+                raise ValueError(f"storage.Codes: axis: found {self.axis!r}; expected -1, -2 or None.")
+            object.__setattr__(self, "axis", int(self.axis))
         _check(self)
 
 
@@ -125,6 +130,7 @@ def _check(form: Form) -> None:
     expect_integer(f"{who}: smallest", form.smallest)
     if form.smallest < 0:
         raise ValueError(f"{who}: smallest: found {form.smallest}; expected 0 or more elements.")
+    object.__setattr__(form, "smallest", int(form.smallest))
 
 
 def _floating(dtype: Any, name: str) -> Any:
@@ -147,6 +153,16 @@ Storage: TypeAlias = Literal["float32", "bfloat16", "8bit"] | Form | tuple[Any, 
 NAMED: dict[str, Form] = {"float32": Float(), "bfloat16": Float(jnp.bfloat16), "8bit": Codes()}
 
 
+def canonical(storage: Any) -> Any:
+    """Returns a storage under its name, if it has one, so that `Codes()` and "8bit" make equal transformations."""
+    if isinstance(storage, tuple):
+        return tuple(map(canonical, storage))
+    # A traced seed has no value to compare.
+    if not isinstance(storage, (Float, Codes)) or not isinstance(storage.seed, int):
+        return storage
+    return next((name for name, form in NAMED.items() if form == storage), storage)
+
+
 def forms(storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None) -> tuple[Form, Form]:
     """How μ and ν rest: `storage` for both or a pair of them, or, as in Optax, a dtype for all leaves however small.
 
@@ -155,14 +171,14 @@ def forms(storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None) -> tuple
     """
     pair = storage if isinstance(storage, tuple) else (storage, storage)
     if len(pair) != 2:
-        raise ValueError(f"storage: found {len(pair)} of them; expected one, or the pair (for mu, for nu).")
+        raise ValueError(f"storage: found a tuple of {len(pair)}; expected one storage, or a tuple of two (for mu, for nu).")
     chosen = []
     for one, dtype, name in zip(pair, (mu_dtype, nu_dtype), ("mu_dtype", "nu_dtype"), strict=True):
         form = NAMED.get(one) if isinstance(one, str) else one
         if not isinstance(form, (Float, Codes)):
             raise ValueError(
-                f"storage: found {one!r}; expected 'float32', 'bfloat16', '8bit', an object of storage.Float or storage.Codes, "
-                f"or a pair of these for mu and nu."
+                f"storage: found {brief(one)}; expected 'float32', 'bfloat16', '8bit', an object of storage.Float or "
+                f"storage.Codes, or a tuple of two of these, for mu and nu."
             )
         if dtype is not None:
             if form != Float():
@@ -173,15 +189,23 @@ def forms(storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None) -> tuple
 
 
 @dataclasses.dataclass(frozen=True)
-class Rest:
-    """The resting form of one moment of a stage, for its whole tree.
+class MomentSlot:
+    """A moment that a stage keeps: how it is stored between two steps, and what it is.
 
     Attributes:
       name: its field in the state.
-      form: how it rests.
-      signed: whether it can be negative.
+      form: its storage.
+      signed: whether it can be negative. A μ can, a ν cannot.
       turn: where in the random bits of an element it begins. Moments of one step share them, and must not share an end.
       start: the value of all elements before the first step.
+      meaning: what it is. "{}" stands for what it is made of (gradients, directions, steps), "{nu}" for the ν in front.
+      gathers: whether it starts at zero weight, for which `correct_bias` makes up. The state then has its weight.
+      whole: whether it has all of its weight at once, as a sum and a maximum do.
+      decay: the name of the hyperparameter by which it decays, if any.
+      delayed: whether the ν that is handed on is that of the step before.
+      kind: what other libraries call such a moment; its name if empty.
+      label: how tables show it, for example "ν"; its name if empty.
+      of_gradient: (g, ν of zero steps, 1 − decay) -> ν after one step whose gradient was g.
     """
 
     name: str
@@ -189,6 +213,19 @@ class Rest:
     signed: bool = True
     turn: int = 0
     start: float = 0.0
+    meaning: str = ""
+    gathers: bool = False
+    whole: bool = False
+    decay: str | None = None
+    delayed: bool = False
+    kind: str = ""
+    label: str = ""
+    of_gradient: Callable[[Array, Array, Array], Array] | None = None
+
+    @property
+    def part(self) -> str:
+        """What `state_bytes` counts it as: "mu" or "nu"."""
+        return "mu" if self.signed else "nu"
 
     def why_wide(self, shape: tuple[int, ...], dtype: Any) -> str | None:
         """Why a moment of that shape and computing dtype rests as it is computed; `None` if it is narrowed."""
@@ -211,6 +248,10 @@ class Rest:
         codec = self._codec
         code = codec.narrow(jnp.full((), self.start, np.float32), codec.first_exponent(self.start), HALF)
         return jnp.full(shape, code, codec.dtype)
+
+    def init(self, params: PyTree) -> PyTree:
+        """Returns the start of the moment, stored, for each parameter that takes part; real where the moment has no sign."""
+        return like_params(lambda p: self.first(jnp.shape(p), wide_dtype(p) if self.signed else real_dtype(p)), params)
 
     def first_scales(self, tree: PyTree) -> Scales:
         """Returns the scales of a moment before the first step."""
@@ -255,7 +296,8 @@ class Rest:
     def _scale_of(self, path: str, resting: Array, scales: Scales) -> Array:
         """Returns the scales of a leaf's codes, if they are shared as this storage shares them.
 
-        Not compared with `scale_shape`: `jax.shard_map` shows parts of leaves, and a sample of a leaf may have no elements.
+        They may be finer than `scale_shape` says: `jax.shard_map` shows parts of leaves, whose rows are short, and a sample of a
+        leaf may have no elements. They are never coarser.
         """
         assert isinstance(self.form, Codes)
         by_path = scales.get(self._scale)
@@ -265,7 +307,8 @@ class Rest:
         shape, axis = jnp.shape(scale), self.form.axis
         shared = shape if axis is None else shape[axis : axis + 1 or None]
         fits = len(shape) == resting.ndim and all(n in (1, size) for n, size in zip(shape, resting.shape, strict=True))
-        if not fits or any(n > 1 for n in shared):
+        finest = self.scale_shape(resting.shape)
+        if not fits or any(n > 1 for n in shared) or any(n < least for n, least in zip(shape, finest, strict=True)):
             raise ValueError(
                 f"the state's {self.name} at {path!r} of shape {resting.shape} has scales of shape {shape}, which is not how "
                 f"{self.form} shares them. {_REMEDY}"
@@ -288,13 +331,23 @@ class Rest:
         """
         paths = names(before)
         resting = iter(zip(paths, jax.tree.leaves(before), strict=True))
-        thresholds = self._thresholds(list(filter(takes_part, jax.tree.leaves(tree))), before, paths, count, stream)
+        moments = list(filter(takes_part, jax.tree.leaves(tree)))
+        narrowed = [
+            x.dtype != old.dtype and (_is_code(old) or narrower_than_float32(old))
+            for x, old in zip(moments, jax.tree.leaves(before), strict=True)
+        ]
+        thresholds = self._thresholds(moments, narrowed, paths, count, stream)
+        rounded = iter(undifferentiable(list(itertools.compress(moments, narrowed)), _no_derivative(self.name)))
         following: dict[str, Array] = {}
 
         def leaf(x: Array) -> Array:
             (path, old), random = next(resting), next(thresholds)
             if old.dtype == x.dtype:
                 return x
+            if takes_part(old) and not narrower_than_float32(old):
+                # A float64 gradient of a float32 parameter. A complex one of a real parameter is no gradient.
+                return x if jnp.iscomplexobj(x) and not jnp.iscomplexobj(old) else x.astype(old.dtype)
+            x = next(rounded)
             if isinstance(self.form, Float):
                 return to_float(x, self.form.dtype, random, positive=not self.signed)
             unit = unpack(scales[self._scale][path])[1]
@@ -308,11 +361,38 @@ class Rest:
         kept = like_params(leaf, tree)
         return kept, {self._scale: following} if following else self.first_scales(kept)
 
+    def tops(self, tree: PyTree, scales: Scales, with_mu: MomentSlot | None, grads: PyTree) -> list[Array | None]:
+        """For each leaf that takes part the largest number that its storage can hold at this step, which broadcasts against it.
+
+        `None` where no gradient is too large for it, or where μ ends where √ν does.
+
+        Args:
+          tree: the moment as it is stored.
+          scales: those of the state.
+          with_mu: the slot of the μ beside it, if there is one.
+          grads: the gradients, whose dtypes say how large they can be.
+        """
+        leaves = [leaf for leaf in jax.tree.leaves(grads) if takes_part(leaf)]
+        found: list[Array | None] = []
+        if len(leaves) != len(jax.tree.leaves(tree)):
+            return found  # other gradients: `lift` says in what they differ
+        for path, stored, grad in zip(names(tree), jax.tree.leaves(tree), leaves, strict=True):
+            largest = finfo(as_wide(grad).dtype).maxexp // 2 * 2 - 4  # of the square of a gradient: see `widen`
+            if _is_code(stored):
+                alike = with_mu is not None and isinstance(with_mu.form, Codes) and self.start == 0
+                unit = unpack(self._scale_of(path, stored, scales))[1]
+                found.append(None if alike and not jnp.iscomplexobj(grad) else self._codec.top(unit))
+            elif narrower_than_float32(stored) or as_wide(grad).dtype.itemsize > stored.dtype.itemsize:
+                top = finfo(stored.dtype).max
+                found.append(None if finfo(stored.dtype).maxexp > largest else jnp.asarray(top).astype(np.float32))
+            else:
+                found.append(None)
+        return found
+
     def _thresholds(
-        self, leaves: Sequence[Array], before: PyTree, paths: Sequence[str], count: Array, stream: str
+        self, leaves: Sequence[Array], narrowed: Sequence[bool], paths: Sequence[str], count: Array, stream: str
     ) -> Iterator[Any]:
         """The random bits by which each leaf is rounded, in order; `HALF` where they are rounded to nearest, or not at all."""
-        narrowed = [x.dtype != old.dtype for x, old in zip(leaves, jax.tree.leaves(before), strict=True)]
         if self.form.rounding == "nearest" or not any(narrowed):
             yield from itertools.repeat(HALF)
         of = [path for path, its in zip(paths, narrowed, strict=True) if its]
@@ -334,6 +414,15 @@ class Rest:
     @property
     def _codec(self) -> Codec:
         return Codec(self.signed)
+
+
+def _no_derivative(moment: str) -> str:
+    """Returns what the error says where a derivative is taken through a stored moment."""
+    return (
+        f"storage: found a derivative that is taken through {moment} as it is stored, in fewer bits than float32; expected none: "
+        f'rounding has no derivative. To differentiate through steps of the optimizer, make it with storage="float32", and '
+        f"without mu_dtype and nu_dtype."
+    )
 
 
 def scale_key(name: str) -> str:
@@ -367,6 +456,8 @@ def narrow_to_nearest(x: Array, like: Resting, signed: bool) -> Resting:
       like: a stored leaf. The result has its storage.
       signed: whether the moment can be negative.
     """
+    if like.scale is not None or narrower_than_float32(like.array):
+        x = undifferentiable(x, _no_derivative("a moment"))
     if like.scale is not None:
         codec, x = _codec_of(like.array), x.astype(jnp.float32)
         unit = codec.exponent(largest_along(jnp.where(jnp.isnan(x), 0, jnp.abs(x)), like.scale))
@@ -397,17 +488,17 @@ def _is_code(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.integer))
 
 
-def all_first_scales(rests: Sequence[Rest], trees: dict[str, PyTree]) -> Scales:
+def all_first_scales(slots: Sequence[MomentSlot], trees: dict[str, PyTree]) -> Scales:
     """The scales of several fresh moments by name."""
-    return {name: scale for rest in rests for name, scale in rest.first_scales(trees[rest.name]).items()}
+    return {name: scale for slot in slots for name, scale in slot.first_scales(trees[slot.name]).items()}
 
 
 def all_narrow(
-    rests: Sequence[Rest], trees: dict[str, PyTree], before: Any, count: Array, stream: str, gate: Any
+    slots: Sequence[MomentSlot], trees: dict[str, PyTree], before: Any, count: Array, stream: str, gate: Any
 ) -> tuple[dict[str, PyTree], Scales]:
     """The resting forms of several moments by name, and their scales; `before` is the state that holds those they come from."""
     narrowed = {
-        rest.name: rest.narrow(trees[rest.name], getattr(before, rest.name), before.scales, count, stream, gate) for rest in rests
+        slot.name: slot.narrow(trees[slot.name], getattr(before, slot.name), before.scales, count, stream, gate) for slot in slots
     }
     kept = {name: tree for name, (tree, _) in narrowed.items()}
     return kept, {name: scale for _, its in narrowed.values() for name, scale in its.items()}

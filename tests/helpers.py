@@ -18,7 +18,7 @@ are rounded one after the other, as they are unjitted."""
 def has_float16():
     """Whether XLA can compile float16 for this processor. For one without F16C it cannot: symbols are missing."""
     try:
-        jax.jit(lambda x: x.astype(jnp.float32).astype(jnp.float16))(jnp.ones(9, jnp.float16))
+        jax.jit(lambda x: (x.astype(jnp.float32) + 1).astype(jnp.float16))(jnp.ones(9, jnp.float16))
     except jax.errors.JaxRuntimeError:
         return False
     return True

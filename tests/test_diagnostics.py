@@ -328,7 +328,7 @@ def test_after_a_reset_of_some_leaves():
     """Each leaf has weights of its own then."""
     tx = aj.observe(aj.adam(RATE, eps=EPS), every=1, sample=ALL)
     *_, last = run(tx)
-    state = aj.reset(last[-1], match="w")
+    state = aj.reset(last[-1], tx, match="w")
     for t in (1, 2):
         grads = gradients()
         with jax.disable_jit():
@@ -711,8 +711,9 @@ REFUSED = {
     "a run not observed": (
         lambda: aj.observe(aj.adam(0.1)).update(PARAMS["w"], aj.adam(0.1).init(PARAMS["w"]), PARAMS["w"]),
         ValueError,
-        "observe: found a state of tuple; ",
-        "convert_state(state, tx, observe(tx), params).state",
+        "observe: update: observe(",
+        "got the state of another transformation",
+        "convert_state(state, from_tx, to_tx, params)",
     ),
     "nothing observed": (lambda: aj.observations(aj.adam(0.1).init(PARAMS)), ValueError, "found 0 observers"),
     "two": (

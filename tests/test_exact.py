@@ -11,6 +11,7 @@ import pytest
 from helpers import QUICKLY
 
 import adam_jax as aj
+from adam_jax.storage import Codes, Float
 
 OPTIMIZED = True  # it computes for longer than it compiles
 
@@ -202,6 +203,33 @@ def test_tiny_gradients_with_no_epsilon_take_bounded_steps(member):
 
 def test_nan_is_not_hidden(member):
     assert np.isnan(courses("nan")[member.__name__][0][-1]).all()
+
+
+@functools.cache
+def after_a_nan():
+    """By storage and member: a parameter of ones after three steps, of which the first had a NaN in one element's gradient."""
+
+    def run(tx):
+        params = jnp.ones((2, 3))
+        state = tx.init(params)
+        for t in range(3):
+            grads = jnp.full((2, 3), 0.5).at[0, 0].set(jnp.nan if t == 0 else 0.5)
+            updates, state = tx.update(grads, state, params)
+            params = params + updates
+        return params
+
+    forms = {"float32": "float32", "bfloat16": Float(jnp.bfloat16, smallest=0), "8bit": Codes(smallest=0)}
+    makes = {name: getattr(aj, name) for name in aj.family.__all__}
+    txs = {how: {name: make(0.1, storage=form) for name, make in makes.items()} for how, form in forms.items()}
+    return jax.jit(lambda: {how: {name: run(tx) for name, tx in its.items()} for how, its in txs.items()})()
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "8bit"])
+def test_a_nan_in_the_first_gradient_reaches_the_parameter(member, how):
+    """Codes store a NaN as 0, so the first update is the only one that can hand it on."""
+    params = after_a_nan()[how][member.__name__]
+    assert np.isnan(params[0, 0])
+    assert member in (aj.lamb, aj.adam_mini) or np.isfinite(params[1]).all()  # these share a norm or a ν
 
 
 @pytest.mark.parametrize("size", [7, 40_000], ids=["summed as floats", "summed as integers"])

@@ -460,8 +460,11 @@ def test_progress_of_mapped_states_of_flax_and_of_none():
 def test_states_of_others_are_refused():
     params = {"x": jnp.ones(3)}
     guarded = aj.skip_nonfinite(aj.adam(0.1))
-    for state in (aj.adam(0.1).init(params), aj.skip_spikes(aj.adam(0.1)).init(params)):
-        with pytest.raises(ValueError, match="skip_nonfinite: found a state of .*convert_state"):
+    for state, says in [
+        (aj.adam(0.1).init(params), "got the state of"),
+        (aj.skip_spikes(aj.adam(0.1)).init(params), "found a state"),
+    ]:
+        with pytest.raises(ValueError, match=f"skip_nonfinite: .*{says}.*convert_state"):
             guarded.update(params, state, params)
     with pytest.raises(ValueError, match="skip_spikes: found a state of"):
         aj.skip_spikes(aj.adam(0.1), window=64).update(params, aj.skip_spikes(aj.adam(0.1)).init(params), params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import refused
 
 import adam_jax as aj
 
@@ -160,8 +161,8 @@ def test_hyperparameters_of_groups():
         state = tx.init(params)
         for _ in range(3):
             _, state = tx.update(params, state, params)
-        found = aj.hyperparameters(state)
-    rates = {name: float(value) for name, value in found.items() if name.endswith("learning_rate")}
-    assert len(rates) == 2
-    assert all("'a'" in name or "'b'" in name for name in rates)
-    np.testing.assert_allclose(sorted(rates.values()), [0.1, 0.8], rtol=1e-6)
+    for group, inner, rate in [("a", aj.adam(0.1), 0.1), ("b", aj.adam(optax.linear_schedule(1.0, 0.0, 10)), 0.8)]:
+        found = aj.hyperparameters(state.inner_states[group], inner)
+        np.testing.assert_allclose(found["learning_rate"], rate, rtol=1e-6)
+    with refused(ValueError, "found 2 states of adam(", ".inner_states['a']", "expected one"):
+        aj.hyperparameters(state, aj.adam(0.1))

@@ -332,10 +332,17 @@ def test_what_is_no_seed(make):
     for value in (jnp.ones(2, int), jnp.float32(1)):
         with pytest.raises(TypeError, match=rf"{name}: seed: found an array of .* and shape \(.*; expected an integer scalar"):
             make(seed=value)
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        for how in (make, lambda seed: jax.eval_shape(lambda seed: make(seed=seed) and seed, seed)):
+            with pytest.raises(
+                TypeError, match=rf"{name}: seed: found an array of .*; expected an integer scalar. Pass an integer"
+            ):
+                how(seed=key)
     with pytest.raises(ValueError, match=f"{name}: seed: found -1; expected 0 or more"):
         make(seed=-1)
     with pytest.raises(ValueError, match=f"{name}: seed: found 4294967296; expected less than 2\\^32"):
         make(seed=2**32)
-    assert make(seed=np.int64(7)) == make(seed=7)
-    if make is not aj.round_stochastically:
-        assert make(seed=jnp.int32(7)) == make(seed=7)
+    for seed in (np.int64(7), jnp.int32(7)):
+        assert make(seed=seed) == make(seed=7)
+        assert hash(make(seed=seed)) == hash(make(seed=7))
+        assert repr(make(seed=seed)) == repr(make(seed=7))

@@ -114,8 +114,11 @@ def test_a_schedule_that_returns_what_cannot_be(value, error, says):
 
 
 def test_a_traced_number_is_not_looked_at():
-    updates = jax.jit(lambda b1: adam_jax.adam(0.1, b1=b1).init(PARAMS))(1.5)
-    assert adam_jax.hyperparameters(updates)["b1"] == 1.5
+    def used(b1):
+        tx = adam_jax.adam(0.1, b1=b1)
+        return adam_jax.hyperparameters(tx.init(PARAMS), tx)["b1"]
+
+    assert jax.jit(used)(1.5) == 1.5
 
 
 CHOICES = {
@@ -234,8 +237,101 @@ def test_a_mask_that_does_not_fit():
 
 @pytest.mark.parametrize("other", [optax.adam(0.1), adam_jax.momentum(0.1)], ids=["optax.adam", "momentum"])
 def test_the_state_of_another_transformation(other):
-    with refused(ValueError, "found a state of", "4 stages", "`init` of this very chain"):
+    with refused(ValueError, "adam(", "got the state of another transformation", "where it keeps 4", "(state"):
         adam_jax.adam(0.1).update(PARAMS, other.init(PARAMS), PARAMS)
+
+
+LISTED = {
+    "adam": (adam_jax.adam(0.1), "[0].mu['head']['b']"),
+    "8bit": (adam_jax.adam(0.1, storage=adam_jax.storage.Codes(smallest=0)), "[0].mu['head']['b']"),
+    "one array": (adam_jax.adam(0.1), "[0].mu"),
+    "a number": (adam_jax.adam(0.1), "[0].mu"),
+    "skip_spikes": (adam_jax.skip_spikes(adam_jax.adam(0.1)), ".norms"),
+    "by_path": (adam_jax.by_path({"head/w": {"b1": 0.5}}, adam_jax.adam(0.1)), ".inner_states['head/w'][0].mu['head']['w']"),
+    "average": (chain(adam_jax.adam(0.1), average_parameters(0.9)), "[0][0].mu['head']['b']"),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_state_whose_arrays_became_lists(name):
+    tx, place = LISTED[name]
+    params = {"one array": jnp.ones((2, 3)), "a number": jnp.ones(())}.get(name, PARAMS)
+    state = jax.tree.map(lambda x: x.tolist(), tx.init(params))
+    kind = "float" if name == "a number" else "list"
+    says = f"the state has a {kind} at {place}; expected an array", "target", "jnp.asarray"
+    for who, use in {
+        "update": lambda: tx.update(params, state, params),
+        "reset": lambda: adam_jax.reset(state, tx),
+        "hyperparameters": lambda: adam_jax.hyperparameters(state, tx),
+    }.items():
+        with refused(TypeError, f"{who}: the state has", *says):
+            use()
+    with refused(TypeError, ".weights; expected an array") if name != "skip_spikes" else refused(TypeError, "expected an array"):
+        jax.eval_shape(tx.update, params, state, params)  # traced, the numbers in the lists are arrays
+
+
+def test_numbers_may_stand_for_counts_and_for_settable_values():
+    tx = adam_jax.adam(adam_jax.settable(0.1))
+    state = optax.tree.set(tx.init(PARAMS), count=3, learning_rate=0.2)
+    tx.update(PARAMS, state)
+
+
+# Every function that takes a transformation, called with the state or the parameters in its place.
+TAKES_TX = {
+    "reset": lambda state, tx: adam_jax.reset(tx, state),
+    "hyperparameters": lambda state, tx: adam_jax.hyperparameters(tx, state),
+    "set_hyperparameters": lambda state, tx: adam_jax.set_hyperparameters(tx, state, b1=0.5),
+    "set_step": lambda state, tx: adam_jax.set_step(tx, state, 3),
+    "convert_state": lambda state, tx: adam_jax.convert_state(tx, state, tx, PARAMS),
+    "state_bytes": lambda state, tx: adam_jax.state_bytes(PARAMS, tx),
+    "describe": lambda state, tx: adam_jax.describe(PARAMS, tx),
+    "state_shardings": lambda state, tx: adam_jax.state_shardings(PARAMS, tx, None),
+    "from_optax": lambda state, tx: adam_jax.from_optax(optax.adam(0.1).init(PARAMS), PARAMS, tx),
+    "to_optax": lambda state, tx: adam_jax.to_optax(tx, state, optax.adam(0.1).init(PARAMS)),
+    "from_torch": lambda state, tx: adam_jax.from_torch(TORCH, PARAMS, tx),
+    "to_torch": lambda state, tx: adam_jax.to_torch(tx, state, TORCH),
+    "skip_nonfinite": lambda state, tx: adam_jax.skip_nonfinite(state),
+    "skip_spikes": lambda state, tx: adam_jax.skip_spikes(state),
+    "observe": lambda state, tx: adam_jax.observe(state),
+}
+TORCH = {"state": {}, "param_groups": [{"params": [0], "param_names": ["w"]}]}
+
+
+@pytest.mark.parametrize("name", TAKES_TX)
+def test_a_state_in_the_place_of_the_transformation(name):
+    tx = adam_jax.adam(0.1)
+    wraps = name in ("skip_nonfinite", "skip_spikes", "observe")
+    says = () if wraps else ("It looks like a state or parameters: are two arguments swapped?", f"help(adam_jax.{name})")
+    with refused(TypeError, f"{name}: ", "holds arrays; expected a gradient transformation", *says) as caught:
+        TAKES_TX[name](tx.init(PARAMS), tx)
+    assert "Array(" not in str(caught.value)
+    assert "[[" not in str(caught.value)
+
+
+def test_every_function_that_takes_a_transformation_is_in_the_table():
+    functions = {name: getattr(adam_jax, name) for name in adam_jax.__all__ if inspect.isfunction(getattr(adam_jax, name))}
+    taking = {name for name, f in functions.items() if {"tx", "from_tx"} & inspect.signature(f).parameters.keys()}
+    assert taking == TAKES_TX.keys()
+
+
+ARRAYS = {
+    "a learning rate": lambda: adam_jax.adam(PARAMS),
+    "a storage": lambda: adam_jax.adam(0.1, storage=PARAMS),
+    "a seed": lambda: adam_jax.round_stochastically(np.ones(9)),
+    "a step": lambda: adam_jax.set_step(adam_jax.adam(0.1).init(PARAMS), adam_jax.adam(0.1), PARAMS),
+    "a part": lambda: chain(adam_jax.adam(0.1), PARAMS),
+    "groups": lambda: adam_jax.by_path((PARAMS,), adam_jax.adam(0.1)),
+    "a group": lambda: adam_jax.by_path({"head": PARAMS["head"]["w"]}, adam_jax.adam(0.1)),
+    "a mask": lambda: jax.eval_shape(adam_jax.adamw(0.1, mask=PARAMS).update, PARAMS, adam_jax.adamw(0.1).init(PARAMS), PARAMS),
+    "a match": lambda: adam_jax.reset(adam_jax.adam(0.1).init(PARAMS), adam_jax.adam(0.1), match=PARAMS),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_no_message_prints_an_array(name):
+    with pytest.raises((TypeError, ValueError), match=r"found an? (array of|value of type)") as caught:
+        ARRAYS[name]()
+    assert "1." not in str(caught.value)
 
 
 @pytest.mark.parametrize("stage", [correct_bias(), scale_by_moments()], ids=repr)
@@ -263,7 +359,7 @@ def test_a_schedule_that_returns_no_decay(schedule):
 @pytest.mark.parametrize("mask", [{"head": "decay"}, {"head": {"b": "no", "w": True}}, {"head": 0.5}])
 def test_a_mask_of_no_booleans(mask):
     tx = adam_jax.adamw(0.1, mask=mask)
-    with refused(ValueError, "mask: found the tree", "True or False"):
+    with refused(ValueError, "mask: found", "True or False"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 

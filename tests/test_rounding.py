@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import QUICKLY
+from helpers import QUICKLY, refused
 from jax import lax
 
 import adam_jax as aj
@@ -505,6 +505,21 @@ def test_the_seed_is_a_hyperparameter_to_inject(standard_promotion):
     tx = optax.inject_hyperparams(aj.round_stochastically)(seed=7)
     found = tx.update(step, tx.init(old), old)[0]
     np.testing.assert_array_equal(found, aj.round_stochastically(7).update(step, aj.round_stochastically().init(old), old)[0])
+
+
+def test_a_derivative_through_rounded_parameters_is_refused(link, standard_promotion):
+    def end(rate, dtype):
+        params = {"w": jnp.ones(4, dtype)}
+        tx = aj.chain(aj.scale_by_learning_rate(rate), link)
+        updates, _ = tx.update(params, tx.init(params), params)
+        return aj.apply_updates(params, updates)["w"].astype(jnp.float32).sum()
+
+    name = link.init.spec.build.__name__
+    says = f"{name}: found a derivative", "rounding has no derivative", f"leave out {name}()"
+    for way in (jax.grad, jax.jacfwd, lambda f, **of: jax.grad(jax.jit(f, static_argnums=1), **of)):
+        with refused(ValueError, *says):
+            jax.eval_shape(lambda rate, way=way: way(end, argnums=0)(rate, jnp.bfloat16), 0.5)
+    assert jax.grad(end)(0.5, jnp.float32) == -4  # these are not rounded
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def mixed():
 
 def rests_of(how):
     mu, nu = storage.forms(how)
-    return storage.Rest("mu", mu), storage.Rest("nu", nu, signed=False, turn=16)
+    return storage.MomentSlot("mu", mu), storage.MomentSlot("nu", nu, signed=False, turn=16)
 
 
 @pytest.mark.parametrize("how", NARROW.values(), ids=NARROW)
@@ -346,7 +346,7 @@ ROWS = {
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_which_elements_share_a_scale(shape):
     """Those of a row, or of a column; short rows are taken together with their neighbours until there are 128 elements."""
-    found = [storage.Rest("mu", storage.Codes(axis=axis)).scale_shape(shape) for axis in (-1, -2, None)]
+    found = [storage.MomentSlot("mu", storage.Codes(axis=axis)).scale_shape(shape) for axis in (-1, -2, None)]
     assert tuple(found) == ROWS[shape]
 
 
@@ -584,6 +584,57 @@ def test_a_huge_first_gradient_leaves_a_finite_state_and_bounded_steps(how, firs
         assert np.abs(updates).max() <= 10, t
 
 
+SPIKED = {
+    "wide and codes": aj.adam(1.0, storage=("float32", "8bit")),
+    "bfloat16 and codes": aj.adam(1.0, storage=("bfloat16", "8bit")),
+    "bfloat16 and float16": aj.adam(1.0, storage=("bfloat16", storage.Float(jnp.float16))),
+    "codes that start elsewhere": aj.yogi(1.0, storage="8bit"),
+    "a slow mean": aj.ademamix(1.0, storage=("float32", "8bit")),
+    "a maximum": aj.adamax(1.0, storage=("float32", "8bit")),
+    "a block": aj.adam_mini(1.0, storage=("float32", storage.Codes(smallest=0))),
+}
+COURSES = np.array([[1, 1, 1, 1e10, 1, 1], [1e10, 1, 1, 1, 1, 1], [1e-3, 1e-3, 1e-3, 1e4, 1, 1e-3], [1, 1e7, 1, 1, 1e8, 1]])
+
+
+def longest_steps(txs, dtype):
+    """The longest step of each optimizer on each course of gradients, the same for all elements."""
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def run(courses):
+        def follow(tx):
+            def step(state, g):
+                grads = jnp.full((32, 128), g, dtype)
+                updates, state = tx.update(grads, state, jnp.ones_like(grads))
+                return state, jnp.max(jnp.abs(updates))
+
+            first = tx.init(jnp.ones((32, 128), dtype))
+            return jax.lax.map(lambda course: jnp.max(jax.lax.scan(step, first, course)[1]), courses)
+
+        return {name: follow(tx) for name, tx in txs.items()}
+
+    return jax.device_get(run(COURSES))
+
+
+def test_no_gradient_is_stored_in_mu_that_is_too_large_for_nu():
+    """Else μ over the root of a ν that has saturated is a step of thousands of learning rates. Adam's bound is 7.3 of them."""
+    for name, longest in longest_steps(SPIKED, jnp.float32).items():
+        assert (longest < 10).all(), (name, longest)
+    (longest,) = longest_steps({"complex": aj.adam(1.0, storage="8bit")}, jnp.complex64).values()
+    assert (longest < 10).all(), longest
+
+
+def test_no_gradient_of_float64_is_too_large_for_a_narrow_nu(x64):
+    txs = {how: aj.adam(1.0, storage=how) for how in ("bfloat16", "8bit")}
+    for dtype in (jnp.float64, jnp.complex128):
+        tx_grads = np.array([1, 1e100, 1, 1])
+        for how, tx in txs.items():
+            params = jnp.ones((32, 128), dtype)
+            state = tx.init(params)
+            for g in tx_grads:
+                updates, state = tx.update(jnp.full_like(params, g), state, params)
+                assert float(jnp.max(jnp.abs(updates))) < 10, (how, dtype)
+
+
 # A NaN is shown once by its own step; codes have none, so the element learns again.
 
 
@@ -716,7 +767,7 @@ def test_a_pair_is_for_mu_and_for_nu_and_for_what_is_like_them():
 
 def test_yogi_starts_where_it_says_in_codes_too():
     state = aj.yogi(0.1, storage="8bit", initial_accumulator_value=1e-6).init(jnp.ones(WIDE))[0]
-    nu = storage.Rest("nu", storage.Codes(), signed=False).widen(state.nu, state.scales)
+    nu = storage.MomentSlot("nu", storage.Codes(), signed=False).widen(state.nu, state.scales)
     np.testing.assert_allclose(nu, np.full(WIDE, 1e-6), rtol=1 / 16)
 
 
@@ -911,13 +962,80 @@ def test_blocks_share_a_nu_that_rests_narrow_too():
     assert all(np.isfinite(u).all() for u in updates.values())
 
 
+# Derivatives
+
+
+def end_of_a_run(tx):
+    """The mean of a parameter after three steps, of which each gradient depends on the parameter."""
+    params = jnp.ones((64, 128))
+    state = tx.init(params)
+    for t in range(3):
+        updates, state = tx.update(params * (t - 0.5), state, params)
+        params = params + updates
+    return params.mean()
+
+
+WAYS = {
+    "grad": jax.grad,
+    "jacfwd": jax.jacfwd,
+    "jit": lambda f: jax.grad(jax.jit(f)),
+    "vmap": lambda f: lambda x: jax.vmap(jax.grad(f))(jnp.stack([x, x])),
+    "scan": lambda f: jax.grad(lambda x: jax.lax.scan(lambda c, _: (c + f(x), None), 0.0, None, length=2)[0]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{"storage": "8bit"}, {"storage": "bfloat16"}, {"mu_dtype": "bfloat16"}], ids=str)
+def test_a_derivative_through_stored_moments_is_refused(options, way):
+    with refused(ValueError, "storage: found a derivative", "through mu", "rounding has no derivative", 'storage="float32"'):
+        jax.eval_shape(WAYS[way](lambda b1: end_of_a_run(aj.adam(1e-2, b1=b1, **options))), 0.9)
+
+
+def test_a_derivative_through_a_nu_and_through_a_conversion_is_refused():
+    with refused(ValueError, "storage: found a derivative", "through nu"):
+        jax.eval_shape(jax.grad(lambda b2: end_of_a_run(aj.adam(1e-2, b2=b2, storage=("float32", "8bit")))), 0.99)
+    params = {"w": normals(64, 128)}
+    wide, narrow = aj.adam(1e-2), aj.adam(1e-2, storage="bfloat16")
+
+    def converted(grads):
+        state = aj.convert_state(wide.update(grads, wide.init(params))[1], wide, narrow, params).state
+        return state[0].mu["w"].astype(jnp.float32).mean()
+
+    with refused(ValueError, "storage: found a derivative", "through a moment"):
+        jax.eval_shape(jax.grad(converted), params)
+
+
+def test_a_derivative_through_float32_moments_is_the_difference_quotient():
+    end = jax.jit(lambda b1: end_of_a_run(aj.adam(1e-2, b1=b1)))
+    slope = jax.jit(jax.grad(end))(0.9)
+    np.testing.assert_allclose(slope, (end(0.901) - end(0.899)) / 0.002, rtol=0.02)
+    assert slope > 0.01
+
+
+def test_training_is_no_derivative_of_the_optimizer(standard_promotion):
+    """Gradients of a loss inside a scan, and a derivative that does not depend on the steps beside it."""
+    tx = aj.chain(aj.adam(1e-2, storage="8bit"), aj.round_stochastically())
+
+    def trained(scale):
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: (p.astype(jnp.float32) ** 2).sum())(params)
+            updates, state = tx.update(grads, state, params)
+            return (aj.apply_updates(params, updates), state), loss
+
+        params = jnp.ones((64, 128), jnp.bfloat16)
+        return scale * jax.lax.scan(step, (params, tx.init(params)), None, length=2)[1].sum()
+
+    assert jax.eval_shape(jax.grad(trained), 1.0).shape == ()
+
+
 # Refused
 
 
 @pytest.mark.parametrize("value", ["int8", "BFLOAT16", None, 8, ["8bit", "8bit"], jnp.bfloat16, storage.Codes], ids=str)
 def test_what_is_no_storage(member, value):
     shown = f"found {value!r}" if not isinstance(value, type) else "found"
-    with refused(ValueError, "storage: ", shown, "expected 'float32', 'bfloat16', '8bit'", "storage.Codes", "pair"):
+    with refused(ValueError, "storage: ", shown, "expected 'float32', 'bfloat16', '8bit'", "storage.Codes", "tuple of two"):
         member(0.1, storage=value)
 
 
@@ -928,7 +1046,7 @@ def test_a_pair_with_a_wrong_member():
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_pair_that_is_none(count):
-    with refused(ValueError, f"storage: found {count} of them", "expected one, or the pair (for mu, for nu)"):
+    with refused(ValueError, f"storage: found a tuple of {count}", "a tuple of two (for mu, for nu)"):
         aj.adam(0.1, storage=("8bit",) * count)
 
 
@@ -1063,6 +1181,18 @@ def test_settings_tell_storages_apart_and_spellings_of_a_dtype_do_not():
     assert len({aj.adam(0.1, storage=form) for form in forms}) == len(set(forms)) == len(forms)
     for form in forms:
         assert eval(repr(form), {"Codes": storage.Codes, "Float": storage.Float, "dtype": np.dtype}) == form
+
+
+def test_every_spelling_of_a_storage_makes_an_equal_transformation():
+    spellings = {"8bit": storage.Codes(), "bfloat16": storage.Float(jnp.bfloat16), "float32": storage.Float()}
+    for make in (aj.adam, aj.amsgrad, aj.ademamix):
+        for name, form in spellings.items():
+            assert make(0.1, storage=form) == make(0.1, storage=name)
+            assert hash(make(0.1, storage=form)) == hash(make(0.1, storage=name))
+            assert make(0.1, storage=(form, "8bit")) == make(0.1, storage=(name, "8bit"))
+        assert make(0.1, storage=storage.Codes(seed=1)) != make(0.1, storage="8bit")
+    numpys = storage.Codes(axis=np.int64(-2), smallest=np.int64(9), seed=np.uint32(3))
+    assert repr(numpys) == repr(storage.Codes(axis=-2, smallest=9, seed=3))
 
 
 def test_an_equal_storage_does_not_retrace():

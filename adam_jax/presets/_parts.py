@@ -10,13 +10,15 @@ from jax import Array
 
 from adam_jax._apply import add_decayed_weights
 from adam_jax._bias import correct_bias, look_ahead
-from adam_jax._hyperparams import Hyperparameter, cast, expect_one_of, first_values, increment
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameter, Hyperparameters, cast, expect_one_of, increment
 from adam_jax._hyperparams import ScalarOrSchedule as Number
 from adam_jax._moments import Storage, track_moments
 from adam_jax._refine import keep_maximum
 from adam_jax._scale import ClipElementsState, clip_elements, scale_by_moments, take_mu
+from adam_jax._spec import Definition
 from adam_jax._sums import norm
-from adam_jax._transformation import Context, Init, Transformation, Update, stage
+from adam_jax._transformation import Transformation, stage
 from adam_jax._tree import PyTree, lift, over, scalar_dtype, takes_part, times, widen
 
 Stages = tuple[Transformation, ...]
@@ -121,21 +123,21 @@ def clips(clipnorm: Number | None, clipvalue: Number | None, global_clipnorm: Nu
 
 
 @stage(takes="updates", gives="updates", rate="before")
-def clip_norm(limit: Number, *, whole: bool = False) -> tuple[Init, Update]:
+def clip_norm(limit: Number, *, whole: bool = False) -> Definition:
     """Shortens the updates where their Euclidean norm is above the limit.
 
     Args:
       limit: > 0.
       whole: whether the norm is that of all leaves together, not of each.
     """
-    hypers = {"limit": Hyperparameter("limit", limit, "(0, inf)")}
+    hypers = Hyperparameters(Hyperparameter("limit", limit, "(0, inf)"))
 
     def init(params: PyTree) -> ClipElementsState:
-        return ClipElementsState(jnp.zeros((), jnp.int32), first_values(hypers, scalar_dtype(params)))
+        return ClipElementsState(hypers.first_step(), hypers.kept(scalar_dtype(params)))
 
     def update(updates: Any, state: ClipElementsState, params: Any, context: Context) -> tuple[PyTree, ClipElementsState]:
-        scalars = state.hyperparams["limit"].dtype
-        most = cast(hypers["limit"].at(state.step), scalars)
+        scalars = scalar_dtype(updates)
+        most = cast(hypers["limit"].at(state.step, state.hyperparams), scalars)
         sizes = [norm(widen(leaf)).astype(scalars) for leaf in jax.tree.leaves(updates) if takes_part(leaf)]
         if whole and sizes:
             sizes = [norm(jnp.stack(sizes))] * len(sizes)
@@ -147,6 +149,6 @@ def clip_norm(limit: Number, *, whole: bool = False) -> tuple[Init, Update]:
             # One by one: their quotient may be subnormal.
             return times(over(widen(update), jnp.where(above, size, 1)), jnp.where(above, most, 1))
 
-        return lift(leaf, updates), ClipElementsState(increment(state.step), {"limit": most})
+        return lift(leaf, updates), state._replace(step=increment(state.step))
 
-    return init, update
+    return Definition(init, update, hyperparameters=hypers)

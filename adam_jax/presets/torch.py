@@ -12,10 +12,12 @@ from adam_jax import family
 from adam_jax._apply import scale_by_learning_rate
 from adam_jax._bias import correct_bias, rectify
 from adam_jax._chain import chain
+from adam_jax._context import Context
 from adam_jax._hyperparams import ScalarOrSchedule as Number
 from adam_jax._moments import Storage, track_moments
 from adam_jax._scale import scale_by_moments
-from adam_jax._transformation import Context, Init, Transformation, Update, recipe, stage, stateless
+from adam_jax._spec import Init, Update
+from adam_jax._transformation import Transformation, recipe, stage, stateless
 from adam_jax._tree import PyTree, as_wide, lift
 from adam_jax.presets._parts import Stages, accumulates, adam_direction, decays, is_zero, nadam_direction
 

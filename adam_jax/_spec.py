@@ -1,0 +1,189 @@
+"""What a transformation is made of: the call that built it, what it takes and gives, what a stage says about itself."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from adam_jax._context import Context
+from adam_jax._hyperparams import Hyperparameters
+from adam_jax._tree import PyTree
+
+
+class Flow(NamedTuple):
+    """What a stage takes and gives, for `chain` to check.
+
+    Attributes:
+      takes: "moments", "updates" (a plain tree), or "any".
+      gives: "moments", "updates", or "same" as it took.
+      rate: "applies" for the stage that multiplies by the learning rate, and turns ascent into descent; "before" or "after"
+        for one that is right on that side of it only.
+      bias: "corrects" for the stage that divides moments by their weights, "before" for one that still needs the weights.
+      end: "rounds" for the stage whose updates must reach the parameters as they are, "reads" for one that leaves them so, and
+        may stand behind it.
+    """
+
+    takes: Literal["moments", "updates", "any"] = "updates"
+    gives: Literal["moments", "updates", "same"] = "updates"
+    rate: Literal["applies", "before", "after"] | None = None
+    bias: Literal["corrects", "before"] | None = None
+    end: Literal["rounds", "reads"] | None = None
+
+
+Init: TypeAlias = Callable[[PyTree], PyTree]
+Update: TypeAlias = Callable[[Any, Any, Any, Context], tuple[Any, Any]]
+
+
+class Definition(NamedTuple):
+    """What a stage says about itself.
+
+    Attributes:
+      init: makes the state from the parameters.
+      update: (updates, state, params, context) -> (updates, state).
+      slots: the moments that it keeps, `storage.MomentSlot`s in the order of the state's fields.
+      hyperparameters: its numbers, schedules and settable values.
+      counter: the field of the state from which schedules are read, such as "step" or "count"; `None` if the stage reads the
+        count of the moments.
+      root: of a stage that divides by ν, whether by its root.
+      inner: of a wrapper, the transformation that it wraps, under "".
+      trees: the fields that hold something else for each parameter, by what `state_bytes` counts it as: "rounding" or "other".
+      corrects: the moments, "mu" or "nu", that it divides by their weights.
+    """
+
+    init: Init
+    update: Update
+    slots: tuple[Any, ...] = ()
+    hyperparameters: Hyperparameters = Hyperparameters()
+    counter: str | None = "step"
+    root: bool = True
+    inner: Mapping[str, Any] = {}
+    trees: Mapping[str, str] = {}
+    corrects: tuple[str, ...] = ()
+
+
+class Spec:
+    """One call that builds a transformation: the function that was called, its arguments, and what came of it.
+
+    Of a wrapper, `inner` is what it wraps: by name where its state has `inner_states`, else under "", with the state
+    `inner_state`.
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., Any],
+        arguments: inspect.BoundArguments,
+        init: Init,
+        update: Update,
+        flow: Flow,
+        stages: tuple[Any, ...] = (),
+        inner: Mapping[str, Any] | None = None,
+        definition: Definition | None = None,
+    ) -> None:
+        self.build, self.arguments, self.flow, self.stages = build, arguments, flow, stages
+        self.definition = definition or Definition(init, update)
+        self.inner = inner or {}
+        self.init, self.update = init, update
+        self.key: Hashable = stages or (build, _freeze(arguments.arguments))
+        self.hash = hash(self.key)
+
+    @functools.cached_property
+    def blank(self) -> Any:
+        """The shapes of a state for one parameter, which is a scalar: all of it but the moments is as in any other state."""
+        return jax.eval_shape(self.init, np.zeros((), np.float32))
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.build, self.arguments.args, self.arguments.kwargs)
+
+    def __repr__(self) -> str:
+        parameters = self.arguments.signature.parameters
+        shown = []
+        for name, value in self.arguments.arguments.items():
+            kind = parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                shown += [show(part) for part in value]
+                continue
+            main_number = isinstance(value, float) and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            if main_number or _freeze(value) != _freeze(parameters[name].default):
+                shown.append(f"{name}={show(value)}")
+        module = self.build.__module__.removeprefix("adam_jax.")
+        name = f"{module}.{self.build.__name__}" if module.startswith("presets.") else self.build.__name__
+        return f"{name}({', '.join(shown)})"
+
+
+def _rebuild(build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spec:
+    spec: Spec = build(*args, **kwargs).init.spec
+    return spec
+
+
+def _freeze(value: Any) -> Hashable:
+    """A hashable stand-in that is equal for equal arguments; a traced value equals itself alone."""
+    if isinstance(value, jax.core.Tracer):
+        return "traced", id(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        array = np.asarray(value)
+        return array.shape, str(array.dtype), array.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        if isinstance(value, Mapping):
+            return tuple((name, _freeze(its)) for name, its in value.items())  # in order, which can matter
+        leaves, treedef = jax.tree.flatten(value)
+        if len(leaves) == 1 and leaves[0] is value:
+            return "object", id(value)
+        return treedef, tuple(map(_freeze, leaves))
+    return value  # type: ignore[no-any-return]
+
+
+def spec_of(tx: Any) -> Spec | None:
+    """Returns the call that built a transformation, or the call itself; `None` for those of other libraries."""
+    spec = tx if isinstance(tx, Spec) else getattr(getattr(tx, "init", None), "spec", None)
+    return spec if isinstance(spec, Spec) else None
+
+
+def show(value: Any) -> str:
+    if isinstance(value, optax.GradientTransformation) and spec_of(value) is None:
+        name = getattr(value.update, "__qualname__", type(value).__name__).split(".")[0]
+        return f"<{name} of {value.init.__module__.split('.')[0]}>"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {show(its)}' for name, its in value.items())}}}"
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+def swapped(tx: Any, who: str) -> str:
+    """Returns what an error adds where the arguments of the function `who` may be in the wrong order."""
+    if tx is not None and not jax.tree_util.all_leaves([tx]):
+        return f" It looks like a state or parameters: are two arguments swapped? help(adam_jax.{who}) shows their order."
+    return ""
+
+
+def is_transformation(tx: Any) -> bool:
+    """Whether it is a pair of `init` and `update`, of this package or of others."""
+    return isinstance(tx, tuple) and callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+
+
+def bind(build: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    arguments = inspect.signature(build).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    return arguments
+
+
+def wrapped(tx: Any, state: Any) -> list[tuple[str, str | None, Any, Any]]:
+    """What a wrapper of this package wraps: its place in the wrapper's state, the name of its group, itself, and its state."""
+    spec = spec_of(tx)
+    inner = spec.inner if spec else {}
+    if hasattr(state, "inner_states"):
+        return [(f".inner_states[{name!r}]", name, part, state.inner_states[name]) for name, part in inner.items()]
+    return [(".inner_state", None, part, state.inner_state) for part in inner.values() if hasattr(state, "inner_state")]
+
+
+def rewrapped(tx: Any, state: Any, states: list[Any]) -> Any:
+    """A wrapper's state with other ones inside, in the order of `wrapped`."""
+    if hasattr(state, "inner_states"):
+        return state._replace(inner_states=dict(zip(tx.init.spec.inner, states, strict=True)))
+    return state._replace(inner_state=states[0])
