@@ -55,6 +55,22 @@ def both(txs, steps=100):
     )()
 
 
+def agree(low, high):
+    """Equal structures, shapes and dtypes, and numbers that differ by less than roundings do.
+
+    These are two programs: each may fuse other products with sums, which changes the last bit of a step, 2⁻²⁴. In 100 steps that
+    is 1e-5 at most. An update that was rounded to bfloat16 is 2e-3 off. Codes and bfloat16 numbers may then round to a neighbour.
+    """
+    assert jax.tree.structure(low) == jax.tree.structure(high)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(low), jax.tree.leaves(high), strict=True):
+        place = jax.tree_util.keystr(path)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), place
+        if x.dtype.itemsize >= 4:
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6, err_msg=place)
+        else:
+            assert np.mean(np.asarray(x) != np.asarray(y)) <= 0.01, place
+
+
 def dtypes(tree):
     return jax.tree.map(lambda x: x.dtype, tree)
 
@@ -67,7 +83,7 @@ def members():
 def test_bfloat16_gradients_move_float32_parameters_as_float32_ones_do(member):
     low, high = members()[member.__name__]
     assert dtypes(low[2]) == {"w": FLOAT32, "b": FLOAT32, "n": jnp.dtype("int32")}
-    same(low, high)
+    agree(low, high)
 
 
 @functools.cache
@@ -79,7 +95,7 @@ def stages():
 def test_chained_by_optax_they_do_so_too(member):
     low, high = stages()[member.__name__]
     assert low[2]["w"].dtype == FLOAT32
-    same(low, high)
+    agree(low, high)
 
 
 WRAPPED = {
@@ -112,7 +128,7 @@ def wrapped():
 def test_in_wrappers_they_do_so_too(name):
     low, high = wrapped()[name]
     assert low[2]["w"].dtype == low[2]["b"].dtype == FLOAT32
-    same(low, high)
+    agree(low, high)
 
 
 def test_adam_with_bfloat16_gradients_against_long_double():
