@@ -29,8 +29,8 @@ def mismatch(tx: Any, state: Any, place: str = "") -> str | None:
     if spec.inner:
         return _wrapper_mismatch(tx, spec, state, place)
     expected = _blank(spec)
-    if expected is None:
-        return None
+    if not hasattr(expected, "_fields"):
+        return None  # a stranger's state without a class, such as a tree like the parameters, has nothing to compare
     if type(state) is not type(expected):
         return f"{at}{_a(state)}, where it keeps {_a(expected)}"
     of_parameters = _of_parameters(spec)

@@ -150,3 +150,13 @@ def test_every_class_of_states_can_be_imported():
         assert getattr(_moments, kind.__name__) is kind
         assert kind.__doc__.startswith("State of `track_moments`")
     assert type(aj.adam(0.1).init(jnp.ones(2))[0]).__name__ == "TrackMeanSquareState"
+
+
+def test_a_strangers_state_that_is_a_tree_like_the_parameters():
+    @aj.stage(takes="updates", gives="updates")
+    def remember():
+        return lambda params: params, lambda updates, state, params, context: (updates, updates)
+
+    tx = aj.chain(remember(), aj.scale_by_learning_rate(0.1))
+    state = take(tx, tx.init(PARAMS))[1]
+    assert jax.tree.structure(state[0]) == jax.tree.structure(PARAMS)
