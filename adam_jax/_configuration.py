@@ -117,12 +117,18 @@ def with_inside(state: Any, new: Mapping[int, Any]) -> Any:
 
 
 def applied_rates(tx: Any, state: Any) -> list[tuple[tuple[str, ...], Callable[[], Any]]]:
-    """What gives the learning rates that a step from this state applies, in the order of the stages, each with its group."""
+    """Returns a function for each learning rate that a step from this state applies, with the group of its stage.
+
+    The functions return the rates. A stage that does not declare its one learning rate has none here.
+    """
     found: list[tuple[tuple[str, ...], Callable[[], Any]]] = []
     for _, group, part, its in iter_stages(tx, state):
         if isinstance(part, Transformation) and part.flow.rate == "applies" and not part.init.spec.inner:
-            (rate,) = part.init.spec.definition.hyperparameters.values()
-            found.append((group, functools.partial(rate.at, its.step, its.hyperparams)))
+            definition = part.init.spec.definition
+            count = getattr(its, definition.counter, None) if definition.counter else None
+            if len(definition.hyperparameters) == 1:
+                (rate,) = definition.hyperparameters.values()
+                found.append((group, functools.partial(rate.at, count, getattr(its, "hyperparams", {}))))
     return found
 
 

@@ -170,3 +170,19 @@ def test_it_is_a_value_and_is_saved(tmp_path):
         saver.wait_until_finished()
         same(saver.restore(tmp_path / "state", tx.init(PARAMS)), state)
     assert isinstance(optax.tree.get(state, "size"), dict)
+
+
+def test_a_learning_rate_that_is_not_declared():
+    """A stage may apply a rate of its own, and say nothing else about itself."""
+
+    @extend.stage(takes="updates", gives="updates", rate="applies")
+    def downhill(rate=0.5):
+        return extend.stateless, lambda updates, state, params, context: (jax.tree.map(lambda u: -rate * u, updates), state)
+
+    tx = aj.chain(aj.track_moments(), aj.correct_bias(), aj.scale_by_moments(), downhill())
+    np.testing.assert_allclose(tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["head"], -0.5, rtol=1e-6)
+    observed = aj.observe(tx, every=1)
+    assert aj.observations(observed.update(GRADS, observed.init(PARAMS), PARAMS)[1])["all/update_rms"] > 0
+    behind = aj.chain(tx, aj.clip_update_rms())
+    with pytest.raises(ValueError, match="does not know the one learning rate"):
+        behind.update(GRADS, behind.init(PARAMS), PARAMS)
