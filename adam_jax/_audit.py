@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from adam_jax._paths import is_scale, path_of
-from adam_jax._spec import show, spec_of, swapped, wrapped
+from adam_jax._spec import all_specs, show, spec_of, swapped, wrapped
 from adam_jax._transformation import first_state
 from adam_jax._tree import PyTree, brief, dtype_of, finfo, takes_part
 
@@ -119,14 +119,11 @@ def bytes_of(leaf: Any) -> int:
 
 
 def parts_of(tx: Any) -> dict[str, str]:
-    """What the fields of the states of all stages are counted as, so far as they hold something for each parameter."""
+    """Returns what `state_bytes` counts each field as that holds something for each parameter."""
     found: dict[str, str] = {}
-    spec = spec_of(tx)
-    if spec is not None:
+    for spec in all_specs(tx):
         found |= spec.definition.trees
         found |= {slot.name: slot.part for slot in spec.definition.slots}
-        for part in (*spec.stages, *spec.inner.values()):
-            found |= parts_of(part)
     return found
 
 

@@ -12,7 +12,7 @@ import optax
 
 from adam_jax._configuration import applied_rates
 from adam_jax._context import Context
-from adam_jax._spec import Flow, Spec, bind, is_transformation, show
+from adam_jax._spec import Flow, Spec, all_specs, bind, is_transformation, show
 from adam_jax._transformation import Transformation, hides_rate, take_step, transformation
 from adam_jax._tree import PyTree, all_wide, brief, narrow
 
@@ -169,12 +169,8 @@ def _check_order(parts: tuple[Any, ...]) -> Flow:
 
 
 def _names_of_stages(part: Any) -> Counter[str]:
-    """How many stages of each name a part of a chain consists of."""
-    if not isinstance(part, Transformation):
-        return Counter()
-    spec = part.init.spec
-    inside = (*spec.stages, *spec.inner.values())
-    return sum(map(_names_of_stages, inside), Counter()) if inside else Counter([spec.build.__name__])
+    """Returns how many stages of each name a part of a chain consists of."""
+    return Counter(spec.build.__name__ for spec in all_specs(part) if spec.is_stage)
 
 
 def is_chain(part: Any) -> bool:

@@ -15,7 +15,7 @@ from adam_jax._apply import decaying, scale_by_learning_rate
 from adam_jax._audit import StateBytes, bytes_of, state_bytes
 from adam_jax._hyperparams import Multiplied, Settable
 from adam_jax._paths import Parameters, is_scale, owner, paths
-from adam_jax._spec import is_transformation, show, spec_of, swapped
+from adam_jax._spec import all_specs, is_transformation, show, swapped
 from adam_jax._transformation import Transformation, first_state
 from adam_jax._tree import PyTree, brief, dtype_of, takes_part
 from adam_jax.groups import DEFAULT, by_path, labels, only
@@ -149,14 +149,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
 
 
 def _labels(tx: Any) -> dict[str, str]:
-    """How tables show the moments of all stages, by field."""
-    spec = spec_of(tx)
-    if spec is None:
-        return {}
-    found = {slot.name: slot.label for slot in spec.definition.slots if slot.label}
-    for part in (*spec.stages, *spec.inner.values()):
-        found |= _labels(part)
-    return found
+    """Returns how tables show the moments of all stages, by field."""
+    return {slot.name: slot.label for spec in all_specs(tx) for slot in spec.definition.slots if slot.label}
 
 
 class _Met(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ from adam_jax._context import Context
 from adam_jax._hyperparams import cast
 from adam_jax._moments import Moments, by_leaf
 from adam_jax._paths import Parameters, is_scale, owner
+from adam_jax._spec import all_specs
 from adam_jax._transformation import Transformation, take_step
 from adam_jax._tree import PyTree, as_wide, is_half, square, takes_part, times
 
@@ -268,12 +269,12 @@ def _chosen(shapes: Parameters) -> set[Any]:
 def sights(tx: Any, params: PyTree, state: Any) -> set[str]:
     """The names in `METRICS` that there is something to see of."""
     found = {"gradient_norm", "update_rms", "update_ratio"}
-    stages = list(_stages(tx))
-    tracking = [part for part in stages if part.flow.gives == "moments" and part.flow.takes != "moments"]
+    stages = [spec for spec in all_specs(tx) if spec.is_stage]
+    tracking = [spec for spec in stages if spec.flow.gives == "moments" and spec.flow.takes != "moments"]
     if tracking:
         found |= {"learning_rate_median", "learning_rate_p99", "momentum_cosine"}
     moments = _moments_of(tx)
-    if any(not slot.signed for part in tracking for slot in part.init.spec.definition.slots):
+    if any(not slot.signed for spec in tracking for slot in spec.definition.slots):
         found |= {"eps_share", "normalized_gradient_rms", "signal_to_noise"}
     if any(map(is_half, jax.tree.leaves(params))):
         found.add("unmoved_share")
@@ -286,19 +287,9 @@ def sights(tx: Any, params: PyTree, state: Any) -> set[str]:
     return found
 
 
-def _stages(tx: Any) -> Iterator[Transformation]:
-    """The stages that a transformation is made of."""
-    if isinstance(tx, Transformation):
-        spec = tx.init.spec
-        if not spec.stages and not spec.inner:
-            yield tx
-        for part in (*spec.stages, *spec.inner.values()):
-            yield from _stages(part)
-
-
 def _moments_of(tx: Any) -> tuple[str, ...]:
-    """The fields of all moments that the stages of a transformation keep."""
-    return tuple(slot.name for part in _stages(tx) for slot in part.init.spec.definition.slots)
+    """Returns the fields of all moments that the stages of a transformation keep."""
+    return tuple(slot.name for spec in all_specs(tx) for slot in spec.definition.slots)
 
 
 def _quotient(sizes: list[int], part: Any, moments: Moments, state: Any, given: PyTree) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -92,6 +92,11 @@ class Spec:
         self.key: Hashable = stages or (build, _freeze(arguments.arguments))
         self.hash = hash(self.key)
 
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is one stage, and neither a chain nor a wrapper."""
+        return not (self.stages or self.inner)
+
     @functools.cached_property
     def blank(self) -> Any:
         """The shapes of a state for one parameter, which is a scalar: all of it but the moments is as in any other state."""
@@ -144,6 +149,15 @@ def spec_of(tx: Any) -> Spec | None:
     """Returns the call that built a transformation, or the call itself; `None` for those of other libraries."""
     spec = tx if isinstance(tx, Spec) else getattr(getattr(tx, "init", None), "spec", None)
     return spec if isinstance(spec, Spec) else None
+
+
+def all_specs(tx: Any) -> Iterator[Spec]:
+    """Yields the calls that built a transformation and everything of this package inside it, the outermost first."""
+    spec = spec_of(tx)
+    if spec is not None:
+        yield spec
+        for part in (*spec.stages, *spec.inner.values()):
+            yield from all_specs(part)
 
 
 def show(value: Any) -> str:

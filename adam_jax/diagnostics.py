@@ -18,7 +18,7 @@ from jax import Array, lax
 from adam_jax._context import Context
 from adam_jax._hyperparams import expect_integer, increment
 from adam_jax._probe import METRICS, Probe, sights
-from adam_jax._spec import Spec, bind, show, wrapped
+from adam_jax._spec import Spec, all_specs, bind, show, wrapped
 from adam_jax._sums import agreed, hide
 from adam_jax._transformation import Transformation, expect_optimizer, take_step, transformation
 from adam_jax._tree import PyTree, expect_params, nodes, takes_part
@@ -82,7 +82,7 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
     vision-language models" (2023), §3.4.
     """
     flow = expect_optimizer(tx, "observe")
-    if "observe" in _builds(tx):
+    if any(spec.build is observe for spec in all_specs(tx)):
         raise ValueError(f"observe: found {show(tx)}, which is observed already; expected one observer of a run.")
     if "all" in _patterns(tx):
         raise ValueError("observe: found a group 'all', which is the name of everything; write its pattern as 'all()'.")
@@ -150,14 +150,6 @@ def _once(observed: dict[str, Array], tree: PyTree) -> PyTree:
 def _is_array(x: Any) -> bool:
     """Whether a step reads it as an array. Codes it reads by their scales: one operand less on a TPU."""
     return jnp.ndim(x) > 0 and (takes_part(x) or x.dtype == np.int16)
-
-
-def _builds(tx: Any) -> set[str]:
-    """The names of all that a transformation is made of."""
-    if not isinstance(tx, Transformation):
-        return set()
-    spec = tx.init.spec
-    return {spec.build.__name__}.union(*map(_builds, [*spec.stages, *spec.inner.values()]))
 
 
 def _patterns(tx: Any) -> set[str]:
