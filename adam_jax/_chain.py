@@ -100,7 +100,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
 
 
 def _one_rate(tx: Any, state: Any) -> Callable[[], Any] | None:
-    """What gives the learning rate that a step applies; `None` where groups have several, or some unseen."""
+    """Returns a function that returns the learning rate of a step; `None` where groups have several rates, or unknown ones."""
     rates = applied_rates(tx, state)
     return rates[0][1] if len(rates) == 1 and len(tx.init.spec.inner) < 2 else None
 

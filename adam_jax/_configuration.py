@@ -1,4 +1,4 @@
-"""What a configuration is made of: its stages with their states, what their moments mean, and whether a state fits it.
+"""A configuration is a transformation with a state. This file lists its stages, and says what their moments mean.
 
 What two configurations share is decided by what their moments mean, not by what these are called: ν is a mean of squares in
 Adam, of (g − μ)² in AdaBelief, and a maximum in AdaMax, each in a field `nu` of the same shape.
@@ -38,7 +38,7 @@ class StageInstance(NamedTuple):
 
     @property
     def definition(self) -> Definition | None:
-        """What it says about itself; `None` for a transformation of another library."""
+        """The definition that the stage declares; `None` for a transformation of another library."""
         return definition_of(self.tx)
 
     @property
@@ -48,7 +48,7 @@ class StageInstance(NamedTuple):
 
 
 def definition_of(tx: Any) -> Definition | None:
-    """What a stage says about itself; `None` for a transformation of another library."""
+    """Returns the definition that a stage declares; `None` for a transformation of another library."""
     return tx.init.spec.definition if isinstance(tx, Transformation) else None
 
 

@@ -1,4 +1,4 @@
-"""What goes along with the updates through a chain: what a stage learns beyond them, and the choice to skip a step."""
+"""`Context` carries facts from stage to stage beside the updates. `Gate` chooses between the new state and the old."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Gate:
 
 
 class Context(NamedTuple):
-    """What a stage learns beyond the updates that its neighbour hands it.
+    """Facts that a stage gets beside the updates.
 
     Attributes:
       gradient: the updates as they entered the outermost chain; outside of one, the extra argument `gradient`, if given.

@@ -298,7 +298,10 @@ class _Conversion:
         return None if none is None else jnp.stack([self.columns[name] for name in names], axis=1)
 
     def _column(self, part: StageInstance, field: str) -> Array:
-        """The weight of one moment, one or one per leaf; that of a moment that `part` has not, where the other comes from."""
+        """Returns the weight of one moment, for all leaves or one per leaf.
+
+        If the stage does not keep that moment, the weight comes from the stage that its other moment comes from.
+        """
         weight = self._gathered(part, field)
         if field not in part.meanings:
             return weight
@@ -454,7 +457,7 @@ def _is_whole(part: StageInstance, field: str) -> bool:
 
 
 def _weight_of(part: StageInstance, field: str, row: int) -> Array:
-    """What a moment of a stage has gathered, as two floats. Where the state does not keep it, it follows from the count."""
+    """Returns the weight that a moment has gathered, as two floats. If the state does not keep it, the count gives it."""
     columns, weights = gathering(part.tx), part.state.weights
     if field in columns:
         kept: Array = weights[:, columns.index(field)]

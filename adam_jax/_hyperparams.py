@@ -104,7 +104,7 @@ class Hyperparameter:
 
     @property
     def first(self) -> Any:
-        """What a fresh state keeps: the number without the factor of its group."""
+        """The value that a fresh state keeps: a number, without the multiplier of its group."""
         base = self.value.base if isinstance(self.value, Multiplied) else self.value
         return base.value if isinstance(base, Settable) else base
 

@@ -71,7 +71,7 @@ def set_hyperparameters(state: PyTree, tx: Any, values: dict[str, Any] | None = 
 
     Raises:
       TypeError: if `tx` is no transformation, or a value is no number.
-      ValueError: for a name that `tx` has not, a hyperparameter that is not settable, and a number outside its interval.
+      ValueError: if `tx` has no hyperparameter of that name, if it is not settable, or if a number is outside its interval.
     """
     wanted = {**(values or {}), **by_name}
     inside = _only_state(tx, state, "set_hyperparameters")
