@@ -42,7 +42,7 @@ def mismatch(tx: Any, state: Any, place: str = "") -> str | None:
             return f"{at}the settable {_listed(has)}, where it keeps {_listed(keeps)}"
         if has is None and keeps is not None:
             return f"{at}no {field}, which it needs"
-        if has is not None and keeps is None and field != "step":
+        if has is not None and keeps is None and field != spec.definition.counter:
             return f"{at}{field}, which it does not keep"
     return None
 

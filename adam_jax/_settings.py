@@ -95,10 +95,12 @@ def set_hyperparameters(state: PyTree, tx: Any, values: dict[str, Any] | None = 
     group_values: dict[tuple[Any, str], Any] = {}
     for _, group, _, own in iter_stages(tx, inside):
         group_values |= {(group, short): value for short, value in changes.get(id(own), {}).items()}
-    for _, group, _, own in iter_stages(tx, inside):
-        kept = getattr(own, "hyperparams", {})
-        # A decay that follows the learning rate keeps a copy of it.
-        new = {short: group_values[group, short] for short in kept if (group, short) in group_values}
+    for _, group, part, own in iter_stages(tx, inside):
+        kept, definition = getattr(own, "hyperparams", {}), definition_of(part)
+        declared = definition.hyperparameters if definition else {}
+        # A decay that follows the learning rate keeps a copy of it, which it does not declare.
+        copies = {short: group_values[group, short] for short in kept if (group, short) in group_values and short not in declared}
+        new = changes.get(id(own), {}) | copies
         fitted = {short: cast(jnp.asarray(value), kept[short].dtype) for short, value in new.items()}
         states.append(own._replace(hyperparams={**kept, **fitted}) if new else own)
     return with_inside(state, {id(inside): rebuilt(tx, iter(states))})

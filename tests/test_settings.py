@@ -172,6 +172,15 @@ def test_groups_are_set_together_or_alone():
     assert (one["head/learning_rate"], one["default/learning_rate"]) == (0.125, 1.0)
 
 
+def test_one_of_two_that_have_one_name_is_set():
+    again = (aj.track_moments(settable(0.5), None, mu_rule="sum"), aj.take_mu())
+    tx = aj.chain(aj.track_moments(settable(0.9), None), *again[1:], *again, aj.scale_by_learning_rate(0.1))
+    state = tx.init(PARAMS)
+    for name in ("b1", "b1#1"):
+        used = aj.hyperparameters(aj.set_hyperparameters(state, tx, {name: 0.25}), tx)
+        assert {its for its in ("b1", "b1#1") if used[its] == 0.25} == {name}
+
+
 def test_nothing_is_compiled_again():
     tx = aj.by_path({"head": {"learning_rate_multiplier": 0.5}}, aj.adam(settable(1.0), b2=settable(0.9)))
     tx = aj.skip_nonfinite(tx)
