@@ -394,7 +394,8 @@ def _limited(grads: PyTree, state: Any, slots: Sequence[forms.MomentSlot], rule:
     by_name = {slot.name: slot for slot in slots}
     if "nu" not in by_name:
         return grads
-    tops = by_name["nu"].tops(state.nu, state.scales, by_name.get("mu"), grads)
+    mu, form = (state.mu, by_name["mu"].form) if "mu" in by_name else (None, None)
+    tops = by_name["nu"].tops(state.nu, state.scales, mu, form, grads)
     if all(top is None for top in tops):
         return grads
     each, rates = iter(tops), by_leaf(nu_rate)

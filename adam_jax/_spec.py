@@ -51,7 +51,6 @@ class Definition(NamedTuple):
       counter: the field of the state from which schedules are read, such as "step" or "count"; `None` if the stage reads the
         count of the moments.
       root: of a stage that divides by ν, whether by its root.
-      inner: of a wrapper, the transformation that it wraps, under "".
       trees: the fields that hold something else for each parameter, by what `state_bytes` counts it as: "rounding" or "other".
       corrects: the moments, "mu" or "nu", that it divides by their weights.
     """
@@ -62,7 +61,6 @@ class Definition(NamedTuple):
     hyperparameters: Hyperparameters = Hyperparameters()
     counter: str | None = "step"
     root: bool = True
-    inner: Mapping[str, Any] = {}
     trees: Mapping[str, str] = {}
     corrects: tuple[str, ...] = ()
 

@@ -191,8 +191,7 @@ def stage(
             side: Any = rate(**arguments.arguments) if callable(rate) else rate
             definition = Definition(*make(*arguments.args, **arguments.kwargs))
             flow = Flow(takes, gives, side, bias, end)
-            its = definition
-            return transformation(Spec(build, arguments, its.init, its.update, flow, inner=its.inner, definition=its))
+            return transformation(Spec(build, arguments, definition.init, definition.update, flow, definition=definition))
 
         return build
 

@@ -361,30 +361,33 @@ class MomentSlot:
         kept = like_params(leaf, tree)
         return kept, {self._scale: following} if following else self.first_scales(kept)
 
-    def tops(self, tree: PyTree, scales: Scales, with_mu: MomentSlot | None, grads: PyTree) -> list[Array | None]:
-        """For each leaf that takes part the largest number that its storage can hold at this step, which broadcasts against it.
+    def tops(self, tree: PyTree, scales: Scales, mu: PyTree | None, mu_form: Form | None, grads: PyTree) -> list[Array | None]:
+        """Returns for each leaf that takes part the largest number that its storage can hold at this step.
 
-        `None` where no gradient is too large for it, or where μ ends where √ν does.
+        It broadcasts against the leaf. It is `None` where no gradient is too large for the storage, or where μ saturates with ν:
+        both are codes from zero on, and the same elements share their scales.
 
         Args:
           tree: the moment as it is stored.
           scales: those of the state.
-          with_mu: the slot of the μ beside it, if there is one.
+          mu: the first moment beside it as it is stored, if there is one.
+          mu_form: its storage.
           grads: the gradients, whose dtypes say how large they can be.
         """
         leaves = [leaf for leaf in jax.tree.leaves(grads) if takes_part(leaf)]
+        stored = jax.tree.leaves(tree)
+        beside = [None] * len(stored) if mu is None else jax.tree.leaves(mu)
+        if not len(leaves) == len(stored) == len(beside):
+            return []  # other gradients: `lift` says in what they differ
+        alike = isinstance(self.form, Codes) and isinstance(mu_form, Codes) and mu_form.axis == self.form.axis and self.start == 0
         found: list[Array | None] = []
-        if len(leaves) != len(jax.tree.leaves(tree)):
-            return found  # other gradients: `lift` says in what they differ
-        for path, stored, grad in zip(names(tree), jax.tree.leaves(tree), leaves, strict=True):
-            largest = finfo(as_wide(grad).dtype).maxexp // 2 * 2 - 4  # of the square of a gradient: see `widen`
-            if _is_code(stored):
-                alike = with_mu is not None and isinstance(with_mu.form, Codes) and self.start == 0
-                unit = unpack(self._scale_of(path, stored, scales))[1]
-                found.append(None if alike and not jnp.iscomplexobj(grad) else self._codec.top(unit))
-            elif narrower_than_float32(stored) or as_wide(grad).dtype.itemsize > stored.dtype.itemsize:
-                top = finfo(stored.dtype).max
-                found.append(None if finfo(stored.dtype).maxexp > largest else jnp.asarray(top).astype(np.float32))
+        for path, x, m, grad in zip(names(tree), stored, beside, leaves, strict=True):
+            computed = as_wide(grad).dtype
+            largest = finfo(computed).maxexp // 2 * 2 - 4  # of the square of a gradient: see `widen`
+            if _is_code(x) and not (alike and m is not None and _is_code(m)):
+                found.append(self._codec.top(unpack(self._scale_of(path, x, scales))[1]))
+            elif not _is_code(x) and finfo(x.dtype).maxexp <= largest:
+                found.append(jnp.asarray(finfo(x.dtype).max).astype(np.float32))
             else:
                 found.append(None)
         return found

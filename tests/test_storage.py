@@ -623,6 +623,24 @@ def test_no_gradient_is_stored_in_mu_that_is_too_large_for_nu():
     assert (longest < 10).all(), longest
 
 
+CODED_APART = {
+    "axes": ((storage.Codes(axis=-2), "8bit"), (64, 128)),
+    "leaf and rows": ((storage.Codes(axis=None), "8bit"), (64, 128)),
+    "sizes": (("8bit", storage.Codes(smallest=0)), (16, 128)),
+}
+
+
+@pytest.mark.parametrize("name", CODED_APART)
+def test_codes_of_mu_and_nu_that_do_not_share_scales_alike(name):
+    """A row whose gradients grow ten billion times, among others that are as large already; then all of them."""
+    how, shape = CODED_APART[name]
+    tx, ones = aj.adam(1.0, storage=how), jnp.ones(shape)
+    state, step = tx.init(ones), jax.jit(tx.update, compiler_options=QUICKLY)
+    for grads in [ones.at[0].set(1e-10)] * 3 + [ones, ones.at[0].set(1e-10), ones * 1e10, ones, ones]:
+        updates, state = step(grads, state)
+        assert np.abs(updates).max() < 10
+
+
 def test_no_gradient_of_float64_is_too_large_for_a_narrow_nu(x64):
     txs = {how: aj.adam(1.0, storage=how) for how in ("bfloat16", "8bit")}
     for dtype in (jnp.float64, jnp.complex128):
