@@ -2,37 +2,27 @@
 
     gradients → track_moments → correct_bias → scale_by_moments → scale_by_learning_rate → updates
 
-The names below stand in the order in which data meets them.
+The names below stand in the order in which data meets them. More stages are in `adam_jax.stages`,
+the ways from other libraries in `adam_jax.migrate`, and what a stage of your own needs in
+`adam_jax.extend`.
 """
 
 from adam_jax import storage
-from adam_jax._moments import Moments, track_moments
-from adam_jax._refine import center, keep_maximum, mix_slow_mean
-from adam_jax._bias import correct_bias, look_ahead, rectify
-from adam_jax._scale import clip_elements, scale_by_atan2, scale_by_moments, scale_by_trust_ratio, take_mu
-from adam_jax._apply import add_decayed_weights, scale_by_learning_rate
+from adam_jax import stages
+from adam_jax.stages import (
+    track_moments,
+    correct_bias,
+    scale_by_moments,
+    add_decayed_weights,
+    scale_by_learning_rate,
+)
 from optax import apply_updates
-from adam_jax._links import average_parameters, averaged_parameters, cautious, clip_update_rms
 from adam_jax.rounding import compensate, round_stochastically
-from adam_jax._chain import chain
-from adam_jax.guards import expect_progress, skip_nonfinite, skip_spikes
-from adam_jax.groups import by_path
-from adam_jax.diagnostics import observations, observe
-from adam_jax._dashboard import plot
-from adam_jax._context import Context
-from adam_jax._hyperparams import settable
-from adam_jax._spec import Flow
-from adam_jax._transformation import Transformation, recipe, stage
-from adam_jax._settings import hyperparameters, set_hyperparameters, set_step
-from adam_jax._audit import StateBytes, state_bytes
-from adam_jax._describe import Description, Leaf, describe
-from adam_jax.sharding import state_shardings
-from adam_jax._convert import Converted, Entry, convert_state
-from adam_jax._reset import reset
-from adam_jax._from_optax import from_optax, to_optax
-from adam_jax._from_torch import from_torch, to_torch
-from adam_jax._params_from_torch import after_flatten, params_from_torch, params_to_torch
-from adam_jax import extend, family, presets
+from adam_jax._core.chain import chain
+from adam_jax.wrappers import by_path, expect_progress, skip_nonfinite, skip_spikes
+from adam_jax._core.hyperparams import settable
+from adam_jax._core.settings import hyperparameters, set_hyperparameters, set_step
+from adam_jax import family
 from adam_jax.family import (
     adam,
     adamw,
@@ -52,68 +42,46 @@ from adam_jax.family import (
     adam_mini,
     adam_atan2,
 )
+from adam_jax.sharding import state_shardings
+from adam_jax import diagnostics
+from adam_jax.diagnostics import describe, observations, observe, plot, state_bytes
+from adam_jax import migrate
+from adam_jax.migrate import convert_state, reset
+from adam_jax import extend, presets
 
 __all__ = [
+    "diagnostics",
     "extend",
     "family",
+    "migrate",
     "presets",
+    "stages",
     "storage",
-    "Moments",
     "track_moments",
-    "center",
-    "keep_maximum",
-    "mix_slow_mean",
     "correct_bias",
-    "look_ahead",
-    "rectify",
-    "clip_elements",
-    "scale_by_atan2",
     "scale_by_moments",
-    "scale_by_trust_ratio",
-    "take_mu",
     "add_decayed_weights",
     "scale_by_learning_rate",
     "apply_updates",
-    "average_parameters",
-    "averaged_parameters",
-    "cautious",
-    "clip_update_rms",
     "compensate",
     "round_stochastically",
     "chain",
+    "by_path",
     "expect_progress",
     "skip_nonfinite",
     "skip_spikes",
-    "by_path",
-    "observe",
-    "observations",
-    "plot",
     "settable",
     "hyperparameters",
     "set_hyperparameters",
     "set_step",
-    "StateBytes",
-    "state_bytes",
-    "Description",
-    "Leaf",
-    "describe",
     "state_shardings",
-    "Converted",
-    "Entry",
+    "describe",
+    "observe",
+    "observations",
+    "plot",
+    "state_bytes",
     "convert_state",
     "reset",
-    "from_optax",
-    "to_optax",
-    "from_torch",
-    "to_torch",
-    "params_from_torch",
-    "params_to_torch",
-    "after_flatten",
-    "Context",
-    "Flow",
-    "Transformation",
-    "recipe",
-    "stage",
 ]
 __all__ += family.__all__
 

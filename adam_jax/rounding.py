@@ -1,11 +1,12 @@
 """How a parameter of 16 bits receives an update that is smaller than its last bit.
 
-`params + update` in bfloat16 loses every update below half of the parameter's last bit, 1/512 of it, and a network stops
-learning long before it has learnt. The two links below come last in a chain. They round the new parameter themselves, and
-emit its difference from the old one in float32: the sum that `optax.apply_updates`, Flax's `TrainState` and `nnx.Optimizer`
-then form is exact, and is the rounded parameter. Both numbers have 8 bits, so unless one is 2¹⁶ times the other their
-difference fits the 24 of a float32; past that, where a parameter falls to next to nothing at once, it is off by at most 2⁻²⁴
-of what it was.
+`params + update` in bfloat16 loses every update below half of the parameter's last bit, 1/512 of
+it, and a network stops learning long before it has learnt. The two links below come last in a
+chain. They round the new parameter themselves, and emit its difference from the old one in float32:
+the sum that `optax.apply_updates`, Flax's `TrainState` and `nnx.Optimizer` then form is exact, and
+is the rounded parameter. Both numbers have 8 bits, so unless one is 2¹⁶ times the other their
+difference fits the 24 of a float32; past that, where a parameter falls to next to nothing at once,
+it is off by at most 2⁻²⁴ of what it was.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._codec import HALF, bits_of, float_of, small_float, to_float, undifferentiable
-from adam_jax._context import Context
-from adam_jax._hyperparams import increment
-from adam_jax._noise import as_seed, random_bits, stream_keys
-from adam_jax._paths import names
-from adam_jax._spec import Definition, Init, Update
-from adam_jax._transformation import stage
-from adam_jax._tree import PyTree, as_wide, expect_params, is_half, lift
+from adam_jax._core.context import Context
+from adam_jax._core.decorators import stage
+from adam_jax._core.errors import expect_params
+from adam_jax._core.hyperparams import increment
+from adam_jax._core.leaves import PyTree, as_wide, is_half
+from adam_jax._core.lift import lift
+from adam_jax._core.paths import names
+from adam_jax._core.spec import Definition, Init, Update
+from adam_jax.storage.codec import HALF, bits_of, float_of, small_float, to_float, undifferentiable
+from adam_jax.storage.random_bits import as_seed, random_bits, stream_keys
 
 
 class RoundStochasticallyState(NamedTuple):
@@ -51,23 +54,26 @@ class RoundStochasticallyState(NamedTuple):
     canonical={"seed": functools.partial(as_seed, "round_stochastically: seed")},
 )
 def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
-    """Rounds the new parameter up as often as keeps its mean right. Comes last, and keeps nothing but a count.
+    """Rounds the new parameter up as often as keeps its mean right.
 
-        params + update = round(params + update)      up with probability (params + update − below)/(above − below)
+    Comes last, and keeps nothing but a count.
 
-    For bfloat16 and float16 leaves; others pass untouched, and trees may mix them. A finite sum saturates at the
-    largest finite number. The random bits are a function of the seed, the step, the leaf's path and the position in the whole
-    array, so they are the same however the array is sharded. They have nothing in common with those that round moments, whatever
-    the seeds.
+        params + update = round(params + update)
+        up with probability (params + update − below)/(above − below)
+
+    For bfloat16 and float16 leaves; others pass untouched, and trees may mix them. A finite sum
+    saturates at the largest finite number. The random bits are a function of the seed, the step,
+    the leaf's path and the position in the whole array, so they are the same however the array is
+    sharded. They have nothing in common with those that round moments, whatever the seeds.
 
     Args:
-      seed: of the random bits: an integer from 0 to 2³² − 1, or a traced integer scalar, such as the number of a member under
-        `jax.vmap`.
+      seed: of the random bits: an integer from 0 to 2³² − 1, or a traced integer scalar, such as
+        the number of a member under `jax.vmap`.
 
     Raises:
       TypeError: if `seed` is no integer.
-      ValueError: in `update`, without `params`, or where a derivative is taken through it, because rounding has none; in `chain`,
-        where a stage follows that could change the updates.
+      ValueError: in `update`, without `params`, or where a derivative is taken through it, because
+        rounding has none; in `chain`, where a stage follows that could change the updates.
 
     Source: Zamirai et al., "Revisiting BFloat16 Training" (2020), §4.
     """
@@ -75,16 +81,24 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
     def init(params: PyTree) -> RoundStochasticallyState:
         return RoundStochasticallyState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, RoundStochasticallyState]:
+    def update(
+        updates: Any, state: Any, params: Any, context: Context
+    ) -> tuple[PyTree, RoundStochasticallyState]:
         params = expect_params(params, "round_stochastically()")
         low, narrow, rest = _rounded_and_rest(updates, params, "round_stochastically")
         its = names(low)
-        keys = iter(stream_keys(context.stream("round_stochastically"), its, seed, state.step) if its else ())
+        keys = iter(
+            stream_keys(context.stream("round_stochastically"), its, seed, state.step)
+            if its
+            else ()
+        )
 
         def leaf(update: Any, param: Array) -> Any:
             old = as_wide(param)
             new = old + as_wide(update).astype(old.dtype)
-            return _step(old, new, as_wide(to_float(new, param.dtype, random_bits(next(keys), new.shape))))
+            return _step(
+                old, new, as_wide(to_float(new, param.dtype, random_bits(next(keys), new.shape)))
+            )
 
         moved = lift(leaf, low, params=narrow)
         return _merged(moved, rest), RoundStochasticallyState(increment(state.step))
@@ -96,7 +110,8 @@ class CompensateState(NamedTuple):
     """State of `compensate`.
 
     Attributes:
-      lost: what the parameters' dtype could not hold, in units of float32's last bit: int16, `None` for leaves that lose nothing.
+      lost: what the parameters' dtype could not hold, in units of float32's last bit: int16, `None`
+        for leaves that lose nothing.
     """
 
     lost: PyTree
@@ -114,32 +129,39 @@ def compensate() -> Definition:
         exact = (params, lost) read as one float32, + update
         params + update, lost = nearest(exact), the other bits of exact
 
-    A bfloat16 parameter and the 16 bits that are kept beside it are a float32: the parameters move as float32 ones do, to the
-    last bit, for the same 4 bytes, and gradients are taken at bfloat16 ones. Kahan's summation keeps a number of the parameters'
-    dtype instead, which for the same memory loses what is smaller than 2⁻¹⁷ of the parameter. A float16 parameter keeps its
-    other 13 bits as well, but more is lost below 6e-5, where it has fewer.
+    A bfloat16 parameter and the 16 bits that are kept beside it are a float32: the parameters move
+    as float32 ones do, to the last bit, for the same 4 bytes, and gradients are taken at bfloat16
+    ones. Kahan's summation keeps a number of the parameters' dtype instead, which for the same
+    memory loses what is smaller than 2⁻¹⁷ of the parameter. A float16 parameter keeps its other 13
+    bits as well, but more is lost below 6e-5, where it has fewer.
 
     For bfloat16 and float16 leaves; others pass untouched and keep nothing.
 
     Raises:
-      ValueError: in `update`, without `params`, or where a derivative is taken through it, because rounding has none; in `chain`,
-        where a stage follows that could change the updates.
+      ValueError: in `update`, without `params`, or where a derivative is taken through it, because
+        rounding has none; in `chain`, where a stage follows that could change the updates.
 
-    Source: Zamirai et al. (2020), §4, for the place of the summation; Kahan, "Further remarks on reducing truncation errors"
-    (1965).
+    Source: Zamirai et al. (2020), §4, for the place of the summation; Kahan, "Further remarks on
+    reducing truncation errors" (1965).
     """
 
     def init(params: PyTree) -> CompensateState:
-        return CompensateState(jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), np.int16), _split(params, params)[0]))
+        return CompensateState(
+            jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), np.int16), _split(params, params)[0])
+        )
 
-    def update(updates: Any, state: CompensateState, params: Any, context: Context) -> tuple[PyTree, CompensateState]:
+    def update(
+        updates: Any, state: CompensateState, params: Any, context: Context
+    ) -> tuple[PyTree, CompensateState]:
         params = expect_params(params, "compensate()")
 
         def leaf(update: Any, param: Array, lost: Array) -> tuple[Any, Array]:
             old = as_wide(param)
             new = float_of(bits_of(old) + lost.astype(np.int32)) + as_wide(update).astype(old.dtype)
             rounded = as_wide(to_float(new, param.dtype, HALF))
-            left = small_float(jnp.clip(bits_of(new) - bits_of(rounded), -(2**15), 2**15 - 1) + 2**15) - np.float32(2**15)
+            left = small_float(
+                jnp.clip(bits_of(new) - bits_of(rounded), -(2**15), 2**15 - 1) + 2**15
+            ) - np.float32(2**15)
             return _step(old, new, rounded), left.astype(np.int16)
 
         low, narrow, rest = _rounded_and_rest(updates, params, "compensate")
@@ -150,29 +172,43 @@ def compensate() -> Definition:
 
 
 def _split(tree: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-    """The leaves whose parameters have 16 bits, and the others; `None` in place of those that are not there."""
+    """The leaves whose parameters have 16 bits, and the others.
+
+    `None` in place of those that are not there.
+    """
     narrow = lift(lambda x, p: is_half(p), tree, params=params)
     low = jax.tree.map(lambda x, is_low: x if is_low is True else None, tree, narrow)
     return low, jax.tree.map(lambda x, is_low: None if is_low is True else x, tree, narrow)
 
 
-def _rounded_and_rest(updates: PyTree, params: PyTree, who: str) -> tuple[PyTree, PyTree, PyTree]:
-    """Returns the updates and the parameters of the leaves that are rounded, and the updates of the others."""
+def _rounded_and_rest(
+    updates: PyTree, params: PyTree, caller: str
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns the updates and the parameters of the leaves that are rounded.
+
+    And the updates of the others.
+    """
     low, rest = _split(updates, params)
     message = (
-        f"{who}: found a derivative that is taken through the parameters as they are rounded; expected none: rounding has no "
-        f"derivative. To differentiate through steps of the optimizer, leave out {who}() and use float32 parameters."
+        f"{caller}: found a derivative that is taken through the parameters as they are rounded; "
+        "expected none: rounding has no derivative. To differentiate through steps of the "
+        f"optimizer, leave out {caller}() and use float32 parameters."
     )
     low, narrow = undifferentiable((low, _split(params, params)[0]), message)
     return low, narrow, rest
 
 
 def _merged(low: PyTree, rest: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, other: other if x is None else x, low, rest, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda x, other: other if x is None else x, low, rest, is_leaf=lambda x: x is None
+    )
 
 
 def _step(old: Array, new: Array, rounded: Array) -> Any:
-    """What has to be added to `old` for `rounded`, or as much of it as is finite; of a sum that is not finite, the sum."""
+    """What has to be added to `old` for `rounded`, or as much of it as is finite.
+
+    Of a sum that is not finite, the sum.
+    """
     largest = np.finfo(np.float32).max
     difference = -(old - rounded)  # −0 where they are equal, which leaves a −0 what it is
     return jnp.where(jnp.isfinite(new), lax.clamp(-largest, difference, largest), new)

@@ -1,7 +1,10 @@
-"""On which devices the state lives: each moment where its parameter is, and split further where every device would hold a copy.
+"""On which devices the state lives.
 
-Placement changes no number. What a stage computes it computes for each element alone, or sums exactly; its random bits
-belong to positions in the whole array. So XLA may cut the arrays as it is told, and a run is the same on one device and on a pod.
+Each moment where its parameter is, and split further where every device would hold a copy.
+
+Placement changes no number. What a stage computes it computes for each element alone, or sums
+exactly; its random bits belong to positions in the whole array. So XLA may cut the arrays as it is
+told, and a run is the same on one device and on a pod.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from adam_jax._paths import Parameters, Shape, is_scale, owner
-from adam_jax._spec import swapped
-from adam_jax._tree import PyTree, brief, dtype_of
+from adam_jax._core.errors import brief
+from adam_jax._core.leaves import PyTree, dtype_of
+from adam_jax._core.paths import Parameters, Shape, is_scale, owner
+from adam_jax._core.spec import swapped
 
 Axes: TypeAlias = tuple[str, ...]
 
@@ -39,48 +43,58 @@ def state_shardings(
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         step = jax.jit(step, out_shardings=(param_shardings, shardings), donate_argnums=(0, 1))
 
-    An array of the state belongs to a parameter if its path ends in the parameter's and its shape is the parameter's, or has 1
-    along some axes (the ν that a block shares). It is sharded as the parameter is. Everything else, counts and
-    scalars, is on every device.
+    An array of the state belongs to a parameter if its path ends in the parameter's and its shape
+    is the parameter's, or has 1 along some axes (the ν that a block shares). It is sharded as the
+    parameter is. Everything else, counts and scalars, is on every device.
 
-    `zero` is what ZeRO calls stage 1: devices that hold the same parameters share their state out among them. XLA then sums the
-    gradients as before, lets each device step its part, and gathers the new parameters. A part is cut along the first axis
-    that is not cut yet and divides by the number of devices, else along the first that divides further (but not in meshes with
-    explicit axes, where JAX does not add an array that is cut in one way to one that is cut in another). A parameter that is
-    cut over `zero` already, fully sharded, leaves nothing to share out.
+    `zero` is what ZeRO calls stage 1: devices that hold the same parameters share their state out
+    among them. XLA then sums the gradients as before, lets each device step its part, and gathers
+    the new parameters. A part is cut along the first axis that is not cut yet and divides by the
+    number of devices, else along the first that divides further (but not in meshes with explicit
+    axes, where JAX does not add an array that is cut in one way to one that is cut in another). A
+    parameter that is cut over `zero` already, fully sharded, leaves nothing to share out.
 
     Args:
       tx: any gradient transformation; states of others are treated alike.
-      params_or_shapes: the parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`). Nothing is allocated.
-      shardings: `NamedSharding`s or, with a mesh, `PartitionSpec`s: one for all, a tree like the parameters, or a prefix of it.
-        `None`: those that the parameters have.
-      mesh: where the `PartitionSpec`s are meant. `None`: that of the shardings, or the one of `jax.set_mesh`.
+      params_or_shapes: the parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`). Nothing
+        is allocated.
+      shardings: `NamedSharding`s or, with a mesh, `PartitionSpec`s: one for all, a tree like the
+        parameters, or a prefix of it. `None`: those that the parameters have.
+      mesh: where the `PartitionSpec`s are meant. `None`: that of the shardings, or the one of
+        `jax.set_mesh`.
       zero: the mesh axis, or axes, over which data is parallel.
 
     Returns:
-      A tree of `NamedSharding`s with the structure of `tx.init(params)`, for `out_shardings`; their `.spec` are the specs for
-      `jax.shard_map`.
+      A tree of `NamedSharding`s with the structure of `tx.init(params)`, for `out_shardings`; their
+      `.spec` are the specs for `jax.shard_map`.
 
     Raises:
       TypeError: for what is no transformation and no sharding.
-      ValueError: for shardings that do not fit the parameters, several meshes, none, or an axis that the mesh has not.
+      ValueError: for shardings that do not fit the parameters, several meshes, none, or an axis
+        that the mesh has not.
 
     Warns:
-      UserWarning: naming the arrays that `zero` cannot cut: no axis of theirs divides by the number of devices.
+      UserWarning: naming the arrays that `zero` cannot cut: no axis of theirs divides by the number
+      of devices.
 
-    Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), §5.1.
+    Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+    Models" (2020), §5.1.
     """
     if not callable(getattr(tx, "init", None)):
         hint = swapped(tx, "state_shardings")
         raise TypeError(
-            f"state_shardings: found {brief(tx)}; expected a gradient transformation, and the parameters after it.{hint}"
+            f"state_shardings: found {brief(tx)}; expected a gradient transformation, and the "
+            f"parameters after it.{hint}"
         )
     parameters = _parameters(params_or_shapes, shardings, mesh)
     given = [its.mesh for its in jax.tree.leaves(shardings) if isinstance(its, NamedSharding)]
     mesh = _one_mesh(mesh, given + [its.sharding.mesh for its in parameters.values()])
     axes = _axes(zero)
     if missing := [axis for axis in axes if axis not in mesh.shape]:
-        raise ValueError(f"state_shardings: zero: found {_listed(missing)}; expected axes of the mesh, {_listed(mesh.shape)}.")
+        raise ValueError(
+            f"state_shardings: zero: found {_listed(missing)}; expected axes of the mesh, "
+            f"{_listed(mesh.shape)}."
+        )
 
     leaves, structure = _flat(jax.eval_shape(tx.init, jax.tree.map(_abstract, params_or_shapes)))
     shapes = Parameters({path: its.shape for path, its in parameters.items()})
@@ -98,15 +112,18 @@ def state_shardings(
             made.append(NamedSharding(mesh, _spec()))
             continue
         its = parameters[belongs]
-        kept = [entry if n == of else None for n, of, entry in zip(leaf.shape, its.shape, entries[belongs], strict=True)]
+        kept = [
+            entry if n == of else None
+            for n, of, entry in zip(leaf.shape, its.shape, entries[belongs], strict=True)
+        ]
         made.append(NamedSharding(mesh, _spec(*kept), memory_kind=its.sharding.memory_kind))
         if leaf.size and not is_scale(path) and _size(mesh.shape, set(axes) - set(_used(kept))) > 1:
             uncut.append(f"{jax.tree_util.keystr(path)} {leaf.shape}")
     if uncut:
         more = f" and {len(uncut) - 8} more" if len(uncut) > 8 else ""
         warnings.warn(
-            f"state_shardings: no axis of {', '.join(uncut[:8])}{more} divides by the {_size(mesh.shape, axes)} devices of "
-            f"zero={zero!r}: each of them keeps these whole.",
+            f"state_shardings: no axis of {', '.join(uncut[:8])}{more} divides by the "
+            f"{_size(mesh.shape, axes)} devices of zero={zero!r}: each of them keeps these whole.",
             stacklevel=2,
         )
     return jax.tree.unflatten(structure, made)
@@ -117,7 +134,8 @@ def _axes(zero: Any) -> Axes:
     axes = () if zero is None else (zero,) if isinstance(zero, str) else zero
     if not isinstance(axes, (tuple, list)) or len(set(axes)) != len(axes):
         raise ValueError(
-            f"state_shardings: zero: found {brief(zero)}; expected the name of a mesh axis, or several different ones."
+            f"state_shardings: zero: found {brief(zero)}; expected the name of a mesh axis, or "
+            "several different ones."
         )
     return tuple(axes)
 
@@ -143,26 +161,29 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
             found = structure.flatten_up_to(spread)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"state_shardings: shardings: found the structure {jax.tree.structure(shardings)}; expected one sharding, or the "
-                f"structure of the parameters, {structure}, or a prefix of it."
+                f"state_shardings: shardings: found the structure {jax.tree.structure(shardings)}; "
+                f"expected one sharding, or the structure of the parameters, {structure}, or a "
+                "prefix of it."
             ) from error
     parameters = {}
     for (path, leaf), its in zip(located, found, strict=True):
         where = f"at leaf {jax.tree_util.keystr(path)}"
         if not isinstance(its, (NamedSharding, PartitionSpec)):
             raise TypeError(
-                f"state_shardings: {where} found {brief(its)}; expected a jax.sharding.NamedSharding, or a PartitionSpec and "
-                f"mesh=."
+                f"state_shardings: {where} found {brief(its)}; expected a "
+                "jax.sharding.NamedSharding, or a PartitionSpec and mesh=."
             )
         try:
-            sharding = NamedSharding(_one_mesh(mesh), its) if isinstance(its, PartitionSpec) else its
+            sharding = (
+                NamedSharding(_one_mesh(mesh), its) if isinstance(its, PartitionSpec) else its
+            )
             if PartitionSpec.UNCONSTRAINED in tuple(sharding.spec):
                 raise ValueError("P.UNCONSTRAINED says nothing of where the state belongs.")
             sharding.shard_shape(np.shape(leaf))
         except ValueError as error:
             raise ValueError(
-                f"state_shardings: {where} found {its} for a parameter of shape {np.shape(leaf)}; expected a sharding whose "
-                f"mesh is known and divides it. {error}"
+                f"state_shardings: {where} found {its} for a parameter of shape {np.shape(leaf)}; "
+                f"expected a sharding whose mesh is known and divides it. {error}"
             ) from error
         parameters[path] = _Parameter(np.shape(leaf), sharding)
     return parameters
@@ -171,14 +192,17 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
 def _one_mesh(given: Any, found: Sequence[Any] = ()) -> Any:
     """The one mesh of those found and given, or that of `jax.set_mesh`."""
     if given is not None and not isinstance(given, (Mesh, AbstractMesh)):
-        raise TypeError(f"state_shardings: mesh: found {brief(given)}; expected a jax.sharding.Mesh.")
+        raise TypeError(
+            f"state_shardings: mesh: found {brief(given)}; expected a jax.sharding.Mesh."
+        )
     meshes = list(dict.fromkeys([*found, *([] if given is None else [given])]))
     if not meshes and hasattr(jax.sharding, "get_mesh"):
         meshes = [mesh for mesh in [jax.sharding.get_mesh()] if not mesh.empty]
     if len(meshes) != 1:
         raise ValueError(
-            f"state_shardings: found {len(meshes)} meshes{': ' if meshes else ''}{_listed(meshes)}; expected one, in the "
-            f"shardings, as mesh=, or by jax.set_mesh."
+            f"state_shardings: found {len(meshes)} "
+            f"meshes{': ' if meshes else ''}{_listed(meshes)}; expected one, in the shardings, as "
+            "mesh=, or by jax.set_mesh."
         )
     return meshes[0]
 
@@ -189,12 +213,16 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _split(its: _Parameter, shapes: list[Shape], mesh: Any, axes: Axes) -> list[Any]:
-    """How a parameter's state is cut: as it is itself and over `axes`, along an axis where all its arrays can be, or it alone."""
+    """How a parameter's state is cut.
+
+    As it is itself and over `axes`, along an axis where all its arrays can be, or it alone.
+    """
     entries = [*its.sharding.spec, *[None] * (len(its.shape) - len(its.sharding.spec))]
     further = tuple(axis for axis in axes if axis not in _used(entries))
     uncut_first = sorted(range(len(entries)), key=lambda i: bool(_names(entries[i])))
     if any(kind == AxisType.Explicit for kind in its.sharding.mesh.axis_types or ()):
-        # There JAX adds an array that is cut along an axis to one that is not, but not to one that is cut otherwise.
+        # There JAX adds an array that is cut along an axis to one that is not, but not to one that
+        # is cut otherwise.
         uncut_first = [i for i in uncut_first if not _names(entries[i])]
     for wanted in (shapes, shapes[:1]):
         for i in uncut_first:

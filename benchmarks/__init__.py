@@ -1,1 +1,4 @@
-"""Side by side with Optax and PyTorch: `python -m benchmarks.accuracy` and `python -m benchmarks.step`."""
+"""Side by side with Optax and PyTorch.
+
+`python -m benchmarks.accuracy` and `python -m benchmarks.step`.
+"""

@@ -1,4 +1,7 @@
-"""The figure of `benchmarks.low_precision`: how each task was learnt, and where it ended for how many bytes."""
+"""The figure of `benchmarks.low_precision`.
+
+How each task was learnt, and where it ended for how many bytes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ def draw(results: Mapping[str, Sequence[Result]], labels: Sequence[str], path: P
     """
     from matplotlib.figure import Figure
 
-    looks = {label: {"color": colour, "marker": marker} for label, colour, marker in zip(labels, COLOURS, MARKERS, strict=True)}
+    looks = {
+        label: {"color": colour, "marker": marker}
+        for label, colour, marker in zip(labels, COLOURS, MARKERS, strict=True)
+    }
     columns = max(len(results), 2)
     figure = Figure((3 * columns, 6.2), dpi=200, layout="constrained", facecolor="white")
     axes = figure.subplots(2, len(results), squeeze=False, height_ratios=(6, 5))
@@ -44,19 +50,36 @@ def draw(results: Mapping[str, Sequence[Result]], labels: Sequence[str], path: P
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("loss at the end − f32's,\nin standard deviations of f32's")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=columns + columns // 3, frameon=False, fontsize=9)
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=columns + columns // 3,
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path)
 
 
-def _draw_curves(panel: Any, results: Sequence[Result], looks: Mapping[str, dict[str, str]]) -> None:
+def _draw_curves(
+    panel: Any, results: Sequence[Result], looks: Mapping[str, dict[str, str]]
+) -> None:
     for i, result in enumerate(results):
         mean, deviation = result.curves.mean(0), _deviation(result.curves)
-        # The first is drawn broad, so that those which lie on it are seen on it; the markers take turns.
-        size = {"linewidth": 4, "markersize": 0} if i == 0 else {"linewidth": 1, "markersize": 4, "markevery": (i, len(results))}
+        # The first is drawn broad, so that those which lie on it are seen on it; the markers take
+        # turns.
+        size = (
+            {"linewidth": 4, "markersize": 0}
+            if i == 0
+            else {"linewidth": 1, "markersize": 4, "markevery": (i, len(results))}
+        )
         band = (mean - deviation, mean + deviation)
-        panel.fill_between(result.steps, *band, color=looks[result.label]["color"], alpha=0.1, linewidth=0)
+        panel.fill_between(
+            result.steps, *band, color=looks[result.label]["color"], alpha=0.1, linewidth=0
+        )
         panel.plot(result.steps, mean, label=result.label, **looks[result.label], **size)
-    # Leaves out the fall of the first steps. It is the same for all, and nothing else would be seen beside it.
+    # Leaves out the fall of the first steps. It is the same for all, and nothing else would be seen
+    # beside it.
     reference = results[0].curves.mean(0)
     top = reference[len(reference) // 10]
     if reference[-1] < top / 100:  # a run to convergence: on a linear axis all of them end at 0
@@ -68,14 +91,29 @@ def _draw_curves(panel: Any, results: Sequence[Result], looks: Mapping[str, dict
 
 
 def _draw_ends(panel: Any, results: Sequence[Result], looks: Mapping[str, dict[str, str]]) -> None:
-    """In units of what the seed alone does to the first, on a scale that is linear within one of them and logarithmic beyond."""
+    """In units of what the seed alone does to the first.
+
+    On a scale that is linear within one of them and logarithmic beyond.
+    """
     reference = results[0].losses
     unit = _deviation(reference) or 1.0
     panel.axhspan(-1, 1, color="black", alpha=0.08, linewidth=0)
     for i, result in enumerate(results):
         difference = (result.losses - reference) / unit
-        bar, size = (_deviation(difference), {"markersize": 6}) if i else (None, {"markersize": 11, "markerfacecolor": "none"})
-        panel.errorbar(result.size, difference.mean(), bar, capsize=3, elinewidth=1, **looks[result.label], **size)
+        bar, size = (
+            (_deviation(difference), {"markersize": 6})
+            if i
+            else (None, {"markersize": 11, "markerfacecolor": "none"})
+        )
+        panel.errorbar(
+            result.size,
+            difference.mean(),
+            bar,
+            capsize=3,
+            elinewidth=1,
+            **looks[result.label],
+            **size,
+        )
     panel.set_yscale("symlog", linthresh=1)
     panel.set_xlim(3, 13)
     panel.set_xticks((4, 6, 8, 10, 12))

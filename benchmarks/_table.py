@@ -1,4 +1,7 @@
-"""What both benchmarks print: tables made once, shown by `rich` on a terminal and as markdown everywhere else."""
+"""What both benchmarks print.
+
+Tables made once, shown by `rich` on a terminal and as markdown everywhere else.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,26 @@ def installed(package: str) -> bool:
 
 def machine() -> str:
     """One line: processor, cores, JAX's device, and the versions that the numbers belong to."""
-    packages = [f"{name} {_version(name)}" for name in ("adam_jax", "jax", "optax", "torch", "numpy")]
+    packages = [
+        f"{name} {_version(name)}" for name in ("adam_jax", "jax", "optax", "torch", "numpy")
+    ]
     device = f"JAX on {jax.devices()[0].device_kind}"
-    return " · ".join([_processor(), f"{_cores()} cores", device, f"Python {platform.python_version()}", *packages])
+    return " · ".join(
+        [
+            _processor(),
+            f"{_cores()} cores",
+            device,
+            f"Python {platform.python_version()}",
+            *packages,
+        ]
+    )
 
 
 def show(tables: Sequence[Table], output: Path | None = None) -> None:
-    """Prints the tables below the machine's line, and writes them as markdown to `output`, if given."""
+    """Prints the tables below the machine's line.
+
+    And writes them as markdown to `output`, if given.
+    """
     heading = machine()
     text = "\n\n".join([heading, *map(markdown, tables)]) + "\n"
     if output is not None:
@@ -61,7 +77,9 @@ def markdown(table: Table) -> str:
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    cells = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    cells = (
+        [cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+    )
     head, *body = (f"| {' | '.join(line)} |" for line in cells)
     parts = [f"**{table.title}**", "\n".join([head, rule, *body])]
     return "\n\n".join([*parts, table.note] if table.note else parts)
@@ -76,7 +94,11 @@ def _show_rich(heading: str, tables: Sequence[Table]) -> None:
     console.print(heading, style="dim", highlight=False)
     for table in tables:
         rendered = RichTable(
-            title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
+            title=table.title,
+            caption=table.note or None,
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
         )
         for column in table.columns:
             rendered.add_column(column, justify="right")

@@ -1,7 +1,9 @@
-"""PyTorch's side of `benchmarks.step`, in a process of its own: two thread pools in one would fight over the cores.
+"""PyTorch's side of `benchmarks.step`, in a process of its own.
 
-It says on which device it runs, then answers every line "tree calls" with a JSON list of seconds. In between it sleeps, so
-that nothing else runs while JAX is timed.
+Two thread pools in one would fight over the cores.
+
+It says on which device it runs, then answers every line "tree calls" with a JSON list of seconds.
+In between it sleeps, so that nothing else runs while JAX is timed.
 """
 
 from __future__ import annotations
@@ -44,13 +46,21 @@ class TorchProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the PyTorch process ended with exit status {self._process.wait()}; its error is above.")
+            raise RuntimeError(
+                f"the PyTorch process ended with exit status {self._process.wait()}; its error is "
+                "above."
+            )
         return json.loads(line)
 
     def __enter__(self) -> TorchProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.communicate()  # its input ends, and so does it
 
 

@@ -1,4 +1,7 @@
-"""The parameters that `benchmarks.step` updates, as shapes: no array library, so that either process can read them."""
+"""The parameters that `benchmarks.step` updates, as shapes.
+
+No array library, so that either process can read them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ TREES: dict[str, Shapes] = {
     "gpt2-small": _gpt2_small(),
     "500x32x32": ((32, 32),) * 500,
 }
-"""By name: one leaf that only memory limits, a model's usual mixture (148 leaves, 124 M), and a tree that is all overhead."""
+"""By name: one leaf that only memory limits, a model's usual mixture (148 leaves, 124 M), and a
+tree that is all overhead."""
 
 LEAVES: dict[str, Shapes] = {f"{count} leaves": ((32, 32),) * count for count in (10, 100, 1000)}
 """By name: trees that differ in nothing but the number of their leaves."""

@@ -1,7 +1,8 @@
 """How far each Adam's update is from the exact one: `python -m benchmarks.accuracy`.
 
-The exact one is Algorithm 1 of Kingma & Ba (2015) in long double, with the decimal β's that the user wrote. Every contender
-gets the same gradients, and is asked for the update at learning rate 1: what it subtracts from the parameters.
+The exact one is Algorithm 1 of Kingma & Ba (2015) in long double, with the decimal β's that the
+user wrote. Every contender gets the same gradients, and is asked for the update at learning rate 1:
+what it subtracts from the parameters.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ Contender: TypeAlias = Callable[[Task], Iterator[Seen]]
 # The contenders.
 
 
-def exact(task: Task, rest: Callable[[np.ndarray], np.ndarray] = lambda moment: moment) -> Iterator[Seen]:
+def exact(
+    task: Task, rest: Callable[[np.ndarray], np.ndarray] = lambda moment: moment
+) -> Iterator[Seen]:
     """Algorithm 1 in long double.
 
     Args:
@@ -81,7 +84,10 @@ def exact(task: Task, rest: Callable[[np.ndarray], np.ndarray] = lambda moment: 
 
 
 def floor(task: Task) -> Iterator[Seen]:
-    """The same, but for moments rounded to float32 between two steps: what that alone costs, however exact the rest."""
+    """The same, but for moments rounded to float32 between two steps.
+
+    What that alone costs, however exact the rest.
+    """
     return exact(task, lambda moment: moment.astype(np.float32).astype(np.longdouble))
 
 
@@ -91,22 +97,34 @@ def ours(task: Task) -> Iterator[Seen]:
 
 
 def by_optax(task: Task) -> Iterator[Seen]:
-    """`optax.adam`, jitted; in `optax.inject_hyperparams` for a schedule, which it does not take otherwise."""
+    """`optax.adam`, jitted; in `optax.inject_hyperparams` for a schedule.
+
+    Which it does not take otherwise.
+    """
     make = optax.inject_hyperparams(optax.adam) if isinstance(task.b2, tuple) else optax.adam
     return _in_jax(task, make(1.0, B1, _number_or_schedule(task), EPS))
 
 
 def by_torch(task: Task) -> Iterator[Seen]:
-    """`torch.optim.Adam` as it is by default; for a schedule, the betas of its parameter group are set before each step."""
+    """`torch.optim.Adam` as it is by default.
+
+    For a schedule, the betas of its parameter group are set before each step.
+    """
     import torch
 
-    torch.set_num_threads(1)  # so few elements gain nothing from a second one, and on a busy machine wait milliseconds for it
-    parameter = torch.nn.Parameter(torch.zeros(task.gradients.shape[1], dtype=getattr(torch, task.dtype)))
+    torch.set_num_threads(
+        1
+        # So few elements gain nothing from a second one, and wait for it on a busy machine.
+    )
+    parameter = torch.nn.Parameter(
+        torch.zeros(task.gradients.shape[1], dtype=getattr(torch, task.dtype))
+    )
     optimizer = torch.optim.Adam([parameter], lr=1.0, eps=EPS)
     for step, gradient in enumerate(torch.from_numpy(task.gradients[: task.steps[-1]]), 1):
         optimizer.param_groups[0]["betas"] = (B1, task.b2_at(step))
         parameter.grad = gradient.to(parameter.dtype)
-        parameter.data.zero_()  # so that the sum of parameter and update rounds nothing off the update
+        # So that the sum of parameter and update rounds nothing off the update
+        parameter.data.zero_()
         optimizer.step()
         if step in task.steps:
             nu = optimizer.state[parameter]["exp_avg_sq"]
@@ -119,13 +137,20 @@ def _in_jax(task: Task, optimizer: optax.GradientTransformation) -> Iterator[See
 
     @jax.jit
     def advance(state: Any, gradients: Array, done: int, until: int) -> Any:
-        return lax.fori_loop(done, until, lambda i, carry: optimizer.update(gradients[i], carry[1], params), (params, state))
+        return lax.fori_loop(
+            done,
+            until,
+            lambda i, carry: optimizer.update(gradients[i], carry[1], params),
+            (params, state),
+        )
 
     state, done = optimizer.init(params), 0
     for step in task.steps:
         update, state = advance(state, gradients, done, step)
         done = step
-        yield Seen(-np.asarray(update, np.float64), np.asarray(optax.tree.get(state, "nu"), np.float64))
+        yield Seen(
+            -np.asarray(update, np.float64), np.asarray(optax.tree.get(state, "nu"), np.float64)
+        )
 
 
 def _number_or_schedule(task: Task) -> Any:
@@ -171,16 +196,24 @@ class ErrorRow(NamedTuple):
 def update_errors(
     b2s: Sequence[float] = B2S, steps: Sequence[int] = STEPS, parameters: int = 4096, seed: int = 0
 ) -> Iterator[ErrorRow]:
-    """Errors of the update under standard normal gradients, in float32: one row for each β₂ and step."""
+    """Errors of the update under standard normal gradients, in float32.
+
+    One row for each β₂ and step.
+    """
     steps = tuple(sorted(steps))
     gradients = np.random.default_rng(seed).standard_normal((steps[-1], parameters), np.float32)
     for b2 in b2s:
         task = Task(gradients, b2, steps)
         truth = exact(task)
-        running = {name: contender(task) if contender else None for name, contender in CONTENDERS.items()}
+        running = {
+            name: contender(task) if contender else None for name, contender in CONTENDERS.items()
+        }
         for step in steps:
             right = next(truth).update
-            errors = {name: _error(next(run).update, right) if run else None for name, run in running.items()}
+            errors = {
+                name: _error(next(run).update, right) if run else None
+                for name, run in running.items()
+            }
             yield ErrorRow(b2, step, errors)
 
 
@@ -189,8 +222,12 @@ def _error(update: np.ndarray, right: np.ndarray) -> Error:
     return Error(float(np.median(relative)), float(np.quantile(relative, 0.99)))
 
 
-def scheduled_extremes(before: float = 0.9, after: float = 0.999, change: int = 100, steps: int = 300) -> dict[str, Any]:
-    """Smallest and largest |update| under a constant gradient of 1 whose β₂ changes after `change` steps.
+def scheduled_extremes(
+    before: float = 0.9, after: float = 0.999, change: int = 100, steps: int = 300
+) -> dict[str, Any]:
+    """Returns the smallest and the largest |update| under a constant gradient of 1.
+
+    β₂ changes after `change` steps.
 
     Returns:
       (smallest, largest) by contender, "exact" among them; `None` where it is not installed.
@@ -205,7 +242,9 @@ def scheduled_extremes(before: float = 0.9, after: float = 0.999, change: int = 
     return _each(extremes)
 
 
-def bfloat16_nu(spike: float = 100.0, usual: float = 0.01, steps: int = 10_000, b2: float = 0.999) -> dict[str, Any]:
+def bfloat16_nu(
+    spike: float = 100.0, usual: float = 0.01, steps: int = 10_000, b2: float = 0.999
+) -> dict[str, Any]:
     """ν of bfloat16 parameters after one large gradient and `steps` usual ones.
 
     Returns:
@@ -219,7 +258,10 @@ def bfloat16_nu(spike: float = 100.0, usual: float = 0.01, steps: int = 10_000, 
 
 
 def _each(measure: Callable[[Contender], Any]) -> dict[str, Any]:
-    return {name: measure(contender) if contender else None for name, contender in {"exact": exact, **CONTENDERS}.items()}
+    return {
+        name: measure(contender) if contender else None
+        for name, contender in {"exact": exact, **CONTENDERS}.items()
+    }
 
 
 # The tables.
@@ -233,9 +275,9 @@ def error_table(rows: Sequence[ErrorRow]) -> Table:
         "Relative error of the update: median / 99th percentile over the parameters",
         ("β₂", "t", *CONTENDERS),
         [(str(row.b2), str(row.step), *map(cell, row.errors.values())) for row in rows],
-        f"Against Algorithm 1 of Kingma & Ba in long double (here {bits} bits), β's as decimals; float32, standard normal "
-        "gradients. The floor is that same long double algorithm with μ and ν rounded to float32 after each step, which is "
-        "what a float32 state costs by itself.",
+        f"Against Algorithm 1 of Kingma & Ba in long double (here {bits} bits), β's as decimals; "
+        "float32, standard normal gradients. The floor is that same long double algorithm with μ "
+        "and ν rounded to float32 after each step, which is what a float32 state costs by itself.",
     )
 
 
@@ -243,11 +285,13 @@ def scheduled_table(extremes: dict[str, Any]) -> Table:
     """`scheduled_extremes` as a table."""
     cell = partial(_cell, show=lambda pair: f"{pair[0]:.7f} … {pair[1]:.7f}")
     return Table(
-        "Smallest … largest |update| over 300 steps of gradient 1, β₂ = 0.9 for 100 steps, then 0.999",
+        "Smallest … largest |update| over 300 steps of gradient 1, β₂ = 0.9 for 100 steps, then "
+        "0.999",
         tuple(extremes),
         [tuple(map(cell, extremes.values()))],
-        "Any average of ones is 1, so each step should be 1. The floor is that of the first table: just below 1 a float32 ν "
-        "takes no step smaller than 3e-8, and its last ones would be smaller.",
+        "Any average of ones is 1, so each step should be 1. The floor is that of the first "
+        "table: just below 1 a float32 ν takes no step smaller than 3e-8, and its last ones would "
+        "be smaller.",
     )
 
 
@@ -269,11 +313,16 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--b2", type=float, nargs="+", default=B2S, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="at which to look; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=STEPS, help="at which to look; default: %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="a markdown file to write the tables to")
     options = parser.parse_args()
     rows = list(update_errors(options.b2, options.steps))
-    show([error_table(rows), scheduled_table(scheduled_extremes()), bfloat16_table(bfloat16_nu())], options.output)
+    show(
+        [error_table(rows), scheduled_table(scheduled_extremes()), bfloat16_table(bfloat16_nu())],
+        options.output,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What rounding does to ν, and what the codes of eight bits can hold: `python -m benchmarks.freezing`."""
+"""What rounding does to ν, and what the codes of eight bits can hold.
+
+`python -m benchmarks.freezing`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ import optax
 from jax import lax
 
 import adam_jax
-from adam_jax._codec import Codec
-from adam_jax.storage import Codes, Float, take_out
+from adam_jax.storage import Codes, Float
+from adam_jax.storage.codec import Codec
+from adam_jax.storage.stored_leaf import unpack_moment
 from benchmarks._table import Table, show
 
 B2 = 0.999
@@ -54,7 +58,10 @@ def exact(gradient: Callable[[Any], Any]) -> np.ndarray:
 
 
 def tracked(
-    tx: optax.GradientTransformation, dtype: Any, gradient: Callable[[Any], Any], read: Callable[[Any], Any]
+    tx: optax.GradientTransformation,
+    dtype: Any,
+    gradient: Callable[[Any], Any],
+    read: Callable[[Any], Any],
 ) -> np.ndarray:
     """The mean over the elements of ν at rest, after each step."""
     params = jnp.zeros(ELEMENTS, dtype)
@@ -63,13 +70,18 @@ def tracked(
         _, state = tx.update(jnp.full(ELEMENTS, gradient(count)).astype(dtype), state, params)
         return state, jnp.mean(read(state))
 
-    return np.asarray(jax.jit(lambda: lax.scan(step, tx.init(params), jnp.arange(max(STEPS)))[1])(), np.float64)
+    return np.asarray(
+        jax.jit(lambda: lax.scan(step, tx.init(params), jnp.arange(max(STEPS)))[1])(), np.float64
+    )
 
 
 def curves(gradient: Callable[[Any], Any]) -> dict[str, np.ndarray]:
     """ν after each step by how it rests."""
     theirs = optax.scale_by_adam(b2=B2)
-    found = {"exact": exact(gradient), OPTAX: tracked(theirs, jnp.bfloat16, gradient, lambda state: state.nu.astype(jnp.float32))}
+    found = {
+        "exact": exact(gradient),
+        OPTAX: tracked(theirs, jnp.bfloat16, gradient, lambda state: state.nu.astype(jnp.float32)),
+    }
     for label, form in FORMS.items():
         tx = adam_jax.track_moments(None, B2, storage=form)  # type: ignore[arg-type]
         found[label] = tracked(tx, jnp.float32, gradient, lambda state: read(state, "nu"))
@@ -81,18 +93,26 @@ def read(state: Any, moment: str) -> Any:
     resting = getattr(state, moment)
     if f"{moment}_scale" not in state.scales:
         return resting.astype(jnp.float32)
-    (at_rest,) = take_out(moment, resting, state.scales)
+    (at_rest,) = unpack_moment(moment, resting, state.scales)
     return at_rest.widen()
 
 
 def table(title: str, found: dict[str, np.ndarray]) -> Table:
     """A row for each way to rest."""
     rows = [(label, *(f"{nu[step - 1]:.4g}" for step in STEPS)) for label, nu in found.items()]
-    return Table(title, ("", *(f"step {step:,}" for step in STEPS)), rows, f"Means over {ELEMENTS:,} elements, β₂ = {B2}.")
+    return Table(
+        title,
+        ("", *(f"step {step:,}" for step in STEPS)),
+        rows,
+        f"Means over {ELEMENTS:,} elements, β₂ = {B2}.",
+    )
 
 
 def noisy(storage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """μ and ν at rest, and the update, of the last steps under normally distributed gradients: (steps, elements)."""
+    """μ and ν at rest, and the update, of the last steps under normally distributed gradients.
+
+    (steps, elements).
+    """
     track = adam_jax.track_moments(b2=B2, storage=storage)  # type: ignore[arg-type]
     tx = adam_jax.chain(track, adam_jax.correct_bias(), adam_jax.scale_by_moments())
 
@@ -118,15 +138,26 @@ def noise_table() -> Table:
         its_mu, its_nu, its_update = noisy(storage)
         errors = (f"{size(its_mu - mu) / size(mu):.1%}", f"{size(its_nu - nu) / np.mean(nu):.1%}")
         rows.append(
-            (storage, *errors, f"{np.mean(its_nu) / np.mean(nu) - 1:+.1%}", f"{size(its_update) / size(update) - 1:+.1%}")
+            (
+                storage,
+                *errors,
+                f"{np.mean(its_nu) / np.mean(nu) - 1:+.1%}",
+                f"{size(its_update) / size(update) - 1:+.1%}",
+            )
         )
-    heads = ("storage", "error of μ, rms", "error of ν, rms", "error of ν, mean", "length of updates")
+    heads = (
+        "storage",
+        "error of μ, rms",
+        "error of ν, rms",
+        "error of ν, mean",
+        "length of updates",
+    )
     note = f"The last 500 of {NOISY:,} steps of {ELEMENTS:,} elements, β₁ = 0.9, β₂ = {B2}."
     return Table("Under normally distributed gradients, relative to float32", heads, rows, note)
 
 
 def spacings(codec: Codec, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Every positive value that codes can have, and the distance to the next one as a share of it."""
+    """Every positive value that codes can have, and the distance to the next as a share of it."""
     unit = codec.first_exponent(largest)
     codes = np.arange(1, np.iinfo(codec.dtype).max + 1).astype(codec.dtype)
     values = np.asarray(codec.widen(jnp.asarray(codes), unit), np.float64)
@@ -149,19 +180,32 @@ def draw(found: dict[str, np.ndarray], path: Path) -> None:
     }
     for label, (colour, width) in looks.items():
         left.plot(steps, found[label], color=colour, linewidth=width, label=label)
-    left.set(xscale="log", xlabel="step", ylabel="mean of ν", title="ν under a gradient of 1: nearest rounding freezes")
+    left.set(
+        xscale="log",
+        xlabel="step",
+        ylabel="mean of ν",
+        title="ν under a gradient of 1: nearest rounding freezes",
+    )
     left.legend(frameon=False, loc="upper left")
 
     for signed, label, colour, width in ((True, "μ", "#e69f00", 3.5), (False, "ν", "#009e73", 1.2)):
         values, between = spacings(Codec(signed), 1.0)
-        right.step(values, between, where="post", color=colour, linewidth=width, label=f"8-bit {label}")
+        right.step(
+            values, between, where="post", color=colour, linewidth=width, label=f"8-bit {label}"
+        )
     size = 2.0 ** np.arange(-32, 34)
-    right.fill_between(size, 2.0**-8, 2.0**-7, color="#56b4e9", alpha=0.5, linewidth=0, label="bf16")
+    right.fill_between(
+        size, 2.0**-8, 2.0**-7, color="#56b4e9", alpha=0.5, linewidth=0, label="bf16"
+    )
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
     right.text(1.6, 2.0**-5.9, "the largest,\na step ago", fontsize=8)
     right.set_xscale("log", base=2)
     right.set_yscale("log", base=2)
-    right.set(xlabel="size, relative to the leaf's largest", ylabel="step to the next code / size", title="Steps between codes")
+    right.set(
+        xlabel="size, relative to the leaf's largest",
+        ylabel="step to the next code / size",
+        title="Steps between codes",
+    )
     right.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.62))
     for panel in (left, right):
         panel.title.set_fontsize(10)

@@ -1,11 +1,15 @@
-"""Does it train to the same loss in fewer bytes: `python -m benchmarks.low_precision --mnist mnist.npz`.
+"""Does it train to the same loss in fewer bytes.
 
-Five networks are trained with every storage of moments and parameters. A seed gives all variants the same start and the same
-batches. The learning rates are constant, and small: an update of 1e-4 is below half of the last bit
-of a bfloat16 parameter from 0.05 on, which is where rounding to nearest stops learning.
+`python -m benchmarks.low_precision --mnist mnist.npz`.
 
-Every run that ends is kept in a file of its own, under a digest of the compiled program's source and of all arrays that go in.
-So a run that was killed is gone on with, what has not changed is not run again, and what has changed, in whatever file, is.
+Five networks are trained with every storage of moments and parameters. A seed gives all variants
+the same start and the same batches. The learning rates are constant, and small: an update of 1e-4
+is below half of the last bit of a bfloat16 parameter from 0.05 on, which is where rounding to
+nearest stops learning.
+
+Every run that ends is kept in a file of its own, under a digest of the compiled program's source
+and of all arrays that go in. So a run that was killed is gone on with, what has not changed is not
+run again, and what has changed, in whatever file, is.
 """
 
 from __future__ import annotations
@@ -50,7 +54,11 @@ SEEDS = (0, 1, 2, 3, 4)
 POINTS = 60
 """Of a loss curve: each is the mean over several batches."""
 
-TESTS = {"digits": "test accuracy, %", "text": "test bits per character", "words": "test bits per word"}
+TESTS = {
+    "digits": "test accuracy, %",
+    "text": "test bits per character",
+    "words": "test bits per word",
+}
 
 
 class Variant(NamedTuple):
@@ -112,9 +120,17 @@ class Result(NamedTuple):
 
 
 def measure(
-    task: Task, data: Data, variants: Sequence[str], seeds: Sequence[int], directory: Path, tell: Callable[[str], None]
+    task: Task,
+    data: Data,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    directory: Path,
+    tell: Callable[[str], None],
 ) -> Iterator[Result]:
-    """A result for each variant. Compiles once for all seeds, and only if there is something to run."""
+    """A result for each variant.
+
+    Compiles once for all seeds, and only if there is something to run.
+    """
     examples = (task.training_set(data), task.judged_on(data), data.test.spread(task.judged))
     starts = [begin(task, examples[0], seed) for seed in seeds]
     for name in variants:
@@ -124,13 +140,21 @@ def measure(
         common, compiled = _digest(hashlib.sha256(program.as_text().encode()), examples), None
         records = []
         for seed, start in zip(seeds, starts, strict=True):
-            path = directory / f"{task.name}-{name}-{seed}-{_digest(common.copy(), start).hexdigest()[:16]}.json"
+            path = (
+                directory
+                / f"{task.name}-{name}-{seed}-{_digest(common.copy(), start).hexdigest()[:16]}.json"
+            )
             if not path.exists():
                 compiled = compiled or program.compile()
                 _write(path, _run(compiled, *start, *examples))
             records.append(json.loads(path.read_text(encoding="utf-8")))
-            tell(f"{task.name}, {variant.label}, seed {seed}: loss {records[-1]['loss']:.4f}, {records[-1]['seconds']:.0f} s")
-        size = adam_jax.state_bytes(optimizer, jax.eval_shape(partial(rest, dtype=variant.params), starts[0][0]))
+            tell(
+                f"{task.name}, {variant.label}, seed {seed}: loss {records[-1]['loss']:.4f}, "
+                f"{records[-1]['seconds']:.0f} s"
+            )
+        size = adam_jax.state_bytes(
+            optimizer, jax.eval_shape(partial(rest, dtype=variant.params), starts[0][0])
+        )
         yield _result(variant.label, size.total / size.elements, task, records)
 
 
@@ -138,15 +162,24 @@ def _run(compiled: Any, *arguments: Any) -> dict[str, Any]:
     begun = time.perf_counter()
     outcome = jax.device_get(compiled(*arguments))
     return {
-        **{field: np.asarray(value, np.float64).tolist() for field, value in outcome._asdict().items()},
+        **{
+            field: np.asarray(value, np.float64).tolist()
+            for field, value in outcome._asdict().items()
+        },
         "seconds": time.perf_counter() - begun,
     }
 
 
 def _result(label: str, size: float, task: Task, records: Sequence[dict[str, Any]]) -> Result:
     parts = np.array_split(np.arange(1, task.steps + 1), min(POINTS, task.steps))
-    curves = [[np.mean([record["losses"][step - 1] for step in part]) for part in parts] for record in records]
-    tests = [record["test_accuracy"] * 100 if task.reads == "digits" else record["test_loss"] / np.log(2) for record in records]
+    curves = [
+        [np.mean([record["losses"][step - 1] for step in part]) for part in parts]
+        for record in records
+    ]
+    tests = [
+        record["test_accuracy"] * 100 if task.reads == "digits" else record["test_loss"] / np.log(2)
+        for record in records
+    ]
     losses = [record["loss"] for record in records]
     steps = np.array([np.mean(part) for part in parts])
     return Result(label, size, steps, *map(np.array, (curves, losses, tests)))
@@ -175,12 +208,23 @@ def table(task: Task, data: Data, results: Sequence[Result]) -> Table:
     behind = f" behind one of the {FREQUENT} most frequent words" if task.reads == "words" else ""
     few = f" on {task.examples:,} examples" if task.examples else ""
     return Table(
-        f"{task.title}, {data.source}: {parameters:,} parameters, {task.steps} steps of {task.batch_size}{few}, "
-        f"learning rate {task.learning_rate:g}, seeds: {seeds}",
-        ("", "bytes per parameter", "training loss", "over f32's, seed by seed", "within 1 sd of f32", TESTS[task.reads]),
-        [_row(result, results[0], ".2f" if task.reads == "digits" else ".3f") for result in results],
-        f"Means ± standard deviations over the seeds. The loss is that of the parameters at the end, on {task.judged:,} examples "
-        f"of the training set{behind}, the same ones for all. Bytes: parameters and optimizer state, between two steps.",
+        f"{task.title}, {data.source}: {parameters:,} parameters, {task.steps} steps of "
+        f"{task.batch_size}{few}, learning rate {task.learning_rate:g}, seeds: {seeds}",
+        (
+            "",
+            "bytes per parameter",
+            "training loss",
+            "over f32's, seed by seed",
+            "within 1 sd of f32",
+            TESTS[task.reads],
+        ),
+        [
+            _row(result, results[0], ".2f" if task.reads == "digits" else ".3f")
+            for result in results
+        ],
+        "Means ± standard deviations over the seeds. The loss is that of the parameters at the "
+        f"end, on {task.judged:,} examples of the training set{behind}, the same ones for all. "
+        "Bytes: parameters and optimizer state, between two steps.",
     )
 
 
@@ -190,7 +234,13 @@ def _row(result: Result, reference: Result, precision: str) -> tuple[str, ...]:
     if len(difference) > 1:
         within = "yes" if abs(difference.mean()) <= reference.losses.std(ddof=1) else "no"
     compared = ("", "") if result is reference else (_mean(100 * ratio, "+.2f") + " %", within)
-    return (result.label, f"{result.size:.2f}", _mean(result.losses, ".4g"), *compared, _mean(result.tests, precision))
+    return (
+        result.label,
+        f"{result.size:.2f}",
+        _mean(result.losses, ".4g"),
+        *compared,
+        _mean(result.tests, precision),
+    )
 
 
 def _mean(values: np.ndarray, precision: str) -> str:
@@ -204,12 +254,23 @@ def _mean(values: np.ndarray, precision: str) -> str:
 def main() -> None:
     """Trains what has not been trained, and prints and draws all of it."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.low_precision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.low_precision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--mnist", type=Path, help=f"{MNIST}; needed for {_those_reading('digits')}")
-    parser.add_argument("--text", type=Path, help=f"a text of a megabyte or more; default: {SHAKESPEARE}")
     parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"of and by default: {', '.join(TASKS)}"
+        "--mnist", type=Path, help=f"{MNIST}; needed for {_those_reading('digits')}"
+    )
+    parser.add_argument(
+        "--text", type=Path, help=f"a text of a megabyte or more; default: {SHAKESPEARE}"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"of and by default: {', '.join(TASKS)}",
     )
     parser.add_argument(
         "--variants",
@@ -222,27 +283,39 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"does it run at all: a few steps and one seed, by default of f32 and {LAST}, on scikit-learn's digits and Python's "
-        "help where no data is given",
+        help=f"does it run at all: a few steps and one seed, by default of f32 and {LAST}, on "
+        "scikit-learn's digits and Python's help where no data is given",
     )
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("low_precision_runs"), help="keeps the runs; default: %(default)s"
+        "--output-dir",
+        type=Path,
+        default=Path("low_precision_runs"),
+        help="keeps the runs; default: %(default)s",
     )
     parser.add_argument("--output", type=Path, help="a markdown file to write the tables to")
-    parser.add_argument("--figure", type=Path, help="where to draw; default: figure.png beside the runs")
+    parser.add_argument(
+        "--figure", type=Path, help="where to draw; default: figure.png beside the runs"
+    )
     options = parser.parse_args()
 
-    variants = list(dict.fromkeys(("f32", *(options.variants or ([LAST] if options.quick else VARIANTS)))))
+    variants = list(
+        dict.fromkeys(("f32", *(options.variants or ([LAST] if options.quick else VARIANTS))))
+    )
     seeds = options.seeds[:1] if options.quick else options.seeds
     tasks = [quick(TASKS[name]) if options.quick else TASKS[name] for name in options.tasks]
     try:
-        data = {reads: _data(reads, options) for reads in dict.fromkeys(task.reads for task in tasks)}
+        data = {
+            reads: _data(reads, options) for reads in dict.fromkeys(task.reads for task in tasks)
+        }
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
     options.output_dir.mkdir(parents=True, exist_ok=True)
     tell = _counter(len(tasks) * len(variants) * len(seeds))
-    results = {task.name: list(measure(task, data[task.reads], variants, seeds, options.output_dir, tell)) for task in tasks}
+    results = {
+        task.name: list(measure(task, data[task.reads], variants, seeds, options.output_dir, tell))
+        for task in tasks
+    }
     show([table(task, data[task.reads], results[task.name]) for task in tasks], options.output)
     if installed("matplotlib"):
         figure = options.figure or options.output_dir / "figure.png"
@@ -255,7 +328,11 @@ def main() -> None:
 
 def _data(reads: str, options: argparse.Namespace) -> Data:
     if reads != "digits":
-        return python_help(reads) if options.quick and not options.text else (words if reads == "words" else text)(options.text)
+        return (
+            python_help(reads)
+            if options.quick and not options.text
+            else (words if reads == "words" else text)(options.text)
+        )
     if options.mnist:
         return mnist(options.mnist)
     if options.quick:

@@ -1,10 +1,12 @@
 """What looking costs: `python -m benchmarks.observe`.
 
-A training step, gradients and all, of the MLP 784-1000-1000-10 and of a tree of 500 small leaves, with AdamW alone, and observed
-at every tenth and at every step. Contenders take turns call by call, and each call is compared with the one of AdamW
-beside it. AdamW takes part twice: the ratio of it to itself is what this machine cannot tell from 1.
+A training step, gradients and all, of the MLP 784-1000-1000-10 and of a tree of 500 small leaves,
+with AdamW alone, and observed at every tenth and at every step. Contenders take turns call by call,
+and each call is compared with the one of AdamW beside it. AdamW takes part twice: the ratio of it
+to itself is what this machine cannot tell from 1.
 
-A look falls into one call of ten: the cost of a step is the mean over such ten, so calls are added up ten by ten.
+A look falls into one call of ten: the cost of a step is the mean over such ten, so calls are added
+up ten by ten.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def _through(params: Any, images: Array) -> Array:
 
 WORK = {
     "MLP 784-1000-1000-10": Tree(
-        lambda: start_mlp(np.random.default_rng(0)), lambda params, images: jnp.mean(jnp.square(mlp(params, images)))
+        lambda: start_mlp(np.random.default_rng(0)),
+        lambda params, images: jnp.mean(jnp.square(mlp(params, images))),
     ),
     "500 leaves of 32 × 32": Tree(_many, _through),
 }
@@ -116,13 +119,18 @@ def table(rounds: int) -> Table:
         seconds, compiled = measure(tree, rounds)
         for contender, its in seconds.items():
             low, median, high = np.quantile(its / seconds[PLAIN], (0.25, 0.5, 0.75))
-            cells = (f"{np.median(its) * 1e3:.2f} ms", f"{median:.3f} ({low:.3f} to {high:.3f})", f"{compiled[contender]:.2f} s")
+            cells = (
+                f"{np.median(its) * 1e3:.2f} ms",
+                f"{median:.3f} ({low:.3f} to {high:.3f})",
+                f"{compiled[contender]:.2f} s",
+            )
             rows.append((name, contender, *cells))
     return Table(
         f"A training step of AdamW on {BATCH} images, observed and not",
         ("tree", "", "step", "× not observed (quartiles)", "compile"),
         rows,
-        f"Medians of {rounds} rounds; a round is the mean of {EVERY} steps, of which every={EVERY} looks at one.",
+        f"Medians of {rounds} rounds; a round is the mean of {EVERY} steps, of which every={EVERY} "
+        "looks at one.",
     )
 
 

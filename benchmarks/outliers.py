@@ -1,8 +1,9 @@
 """Measures what outliers cost 8-bit moments: `python -m benchmarks.outliers --mnist mnist.npz`.
 
-A linear layer predicts 192 pixels of a digit from 256 others. The loss of one output counts 10³ to 10⁶ times as much as that of
-the others, and so do its gradients: they are a row of the kernel, or a column where the kernel is transposed. Adam in float32
-does not notice. Codes that share one scale with the outlier have no digits left. The loss is the mean over the other outputs.
+A linear layer predicts 192 pixels of a digit from 256 others. The loss of one output counts 10³ to
+10⁶ times as much as that of the others, and so do its gradients: they are a row of the kernel, or a
+column where the kernel is transposed. Adam in float32 does not notice. Codes that share one scale
+with the outlier have no digits left. The loss is the mean over the other outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adam_jax
-from adam_jax.storage import Codes
+from adam_jax.storage.formats import Codes
 from benchmarks._table import Table, show
 from benchmarks._training import MNIST, mnist, small_digits
 
@@ -31,7 +32,10 @@ OUTPUTS, INPUTS, BATCH = 192, 256, 64
 
 
 def pixels(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (n, 256) and outputs (n, 192): the pixels in the middle of an image, dealt out in a fixed order, standardized."""
+    """Inputs (n, 256) and outputs (n, 192).
+
+    The pixels in the middle of an image, dealt out in a fixed order, standardized.
+    """
     middle = images[:, 3:25, 3:25].reshape(len(images), -1).astype(np.float32)
     order = np.random.default_rng(0).permutation(middle.shape[1])[: INPUTS + OUTPUTS]
     chosen = (middle[:, order] - middle[:, order].mean(0)) / (middle[:, order].std(0) + 1e-3)
@@ -39,13 +43,16 @@ def pixels(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trainer(inputs: Any, outputs: Any, steps: int, along: int) -> Any:
-    """(storage, factor of the loss of output 0) -> the mean squared error of each output at the end.
+    """Returns a function that trains, and returns the mean squared error of each output.
+
+    The function takes a storage, and the factor of the loss of output 0.
 
     Args:
       inputs: (n, 256).
       outputs: (n, 192).
       steps: of training.
-      along: which axis of the kernel the outputs are: 0 if they are its rows, 1 if they are its columns.
+      along: which axis of the kernel the outputs are: 0 if they are its rows, 1 if they are its
+        columns.
     """
 
     def run(form: Any, factor: Any) -> Any:
@@ -57,7 +64,9 @@ def trainer(inputs: Any, outputs: Any, steps: int, along: int) -> Any:
 
         def step(carry: Any, chosen: Any) -> Any:
             kernel, state = carry
-            grads = jax.grad(lambda k: jnp.sum(weights * errors(k, inputs[chosen], outputs[chosen])))(kernel)
+            grads = jax.grad(
+                lambda k: jnp.sum(weights * errors(k, inputs[chosen], outputs[chosen]))
+            )(kernel)
             updates, state = tx.update(grads, state, kernel)
             return (adam_jax.apply_updates(kernel, updates), state), None
 
@@ -78,13 +87,19 @@ def rows(images: np.ndarray, steps: int) -> Iterator[tuple[str, ...]]:
         yield (f"outlier {what}", "float32", *(f"{exact[factor]:.4f}" for factor in FACTORS))
         for label, form in FORMS.items():
             losses = {factor: float(run(form, factor)[1:].mean()) for factor in FACTORS}
-            yield (f"outlier {what}", label, *(f"{losses[factor] / exact[factor] - 1:+.1%}" for factor in FACTORS))
+            yield (
+                f"outlier {what}",
+                label,
+                *(f"{losses[factor] / exact[factor] - 1:+.1%}" for factor in FACTORS),
+            )
 
 
 def main() -> None:
     """Trains and prints."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.outliers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.outliers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--mnist", type=Path, help=f"{MNIST}; default: the digits of scikit-learn")
     parser.add_argument("--steps", type=int, default=2000, help="of training; default: %(default)s")
@@ -92,10 +107,12 @@ def main() -> None:
     options = parser.parse_args()
     data = mnist(options.mnist) if options.mnist else small_digits()
     found = Table(
-        f"8-bit moments where gradients differ, {data.source}: a kernel of {OUTPUTS} × {INPUTS}, {options.steps} steps",
+        f"8-bit moments where gradients differ, {data.source}: a kernel of {OUTPUTS} × {INPUTS}, "
+        f"{options.steps} steps",
         ("", "moments", *(f"{factor:,.0f} ×" for factor in FACTORS)),
         list(rows(data.train.inputs, options.steps)),
-        "Mean squared error of the other outputs: of float32, and how far above it the loss of 8-bit moments is.",
+        "Mean squared error of the other outputs: of float32, and how far above it the loss of "
+        "8-bit moments is.",
     )
     show([found], options.output)
 

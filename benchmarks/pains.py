@@ -19,16 +19,30 @@ from benchmarks.accuracy import B2S, bfloat16_nu, scheduled_extremes, update_err
 
 
 def worst_error() -> tuple[str, str, str]:
-    """The largest median error of an update over the decays, at steps where the arithmetic and not the state limits it."""
+    """The largest median error of an update over the decays.
+
+    At steps where the arithmetic and not the state limits it.
+    """
     rows = list(update_errors(B2S, (1, 10, 100, 1000)))
-    worst = {name: max(row.errors[name].median for row in rows if row.errors[name]) for name in ("Optax", "ours")}  # type: ignore[union-attr]
-    return "worst median error of an update in 1,000 steps, β₂ 0.9 … 0.999999", f"{worst['Optax']:.1e}", f"{worst['ours']:.1e}"
+    worst = {
+        name: max(row.errors[name].median for row in rows if row.errors[name])
+        for name in ("Optax", "ours")
+    }  # type: ignore[union-attr]
+    return (
+        "worst median error of an update in 1,000 steps, β₂ 0.9 … 0.999999",
+        f"{worst['Optax']:.1e}",
+        f"{worst['ours']:.1e}",
+    )
 
 
 def scheduled_beta() -> tuple[str, str, str]:
     """The shortest step, relative to what it should be, after β₂ has changed."""
     found = scheduled_extremes()
-    return "shortest step after β₂ goes from 0.9 to 0.999 (exact: 1)", f"{found['Optax'][0]:.2f}", f"{found['ours'][0]:.5f}"
+    return (
+        "shortest step after β₂ goes from 0.9 to 0.999 (exact: 1)",
+        f"{found['Optax'][0]:.2f}",
+        f"{found['ours'][0]:.5f}",
+    )
 
 
 def frozen_moment() -> tuple[str, str, str]:
@@ -40,7 +54,9 @@ def frozen_moment() -> tuple[str, str, str]:
 
 def half_precision_zero() -> tuple[str, str, str]:
     """The first update of a float16 parameter whose gradient is 0."""
-    return "f16: update for a gradient of 0", *_both(lambda tx: _text(_updates(tx(1e-3), [0.0], jnp.float16)[-1]))
+    return "f16: update for a gradient of 0", *_both(
+        lambda tx: _text(_updates(tx(1e-3), [0.0], jnp.float16)[-1])
+    )
 
 
 def after_overflow() -> tuple[str, str, str]:
@@ -69,7 +85,9 @@ def wrong_shape() -> tuple[str, str, str]:
 
 def visible() -> tuple[str, str, str]:
     """How a transformation prints."""
-    return "print(adam(1e-3))", *_both(lambda tx: repr(tx(1e-3)).split(" at 0x")[0].split("<locals>")[0][:72])
+    return "print(adam(1e-3))", *_both(
+        lambda tx: repr(tx(1e-3)).split(" at 0x")[0].split("<locals>")[0][:72]
+    )
 
 
 def _both(measure: Callable[[Callable[..., Any]], str]) -> tuple[str, str]:
@@ -78,7 +96,11 @@ def _both(measure: Callable[[Callable[..., Any]], str]) -> tuple[str, str]:
 
 def _updates(tx: Any, grads: list[float], dtype: Any) -> np.ndarray:
     values = jnp.asarray(grads, dtype)[:, None]
-    run = jax.jit(lambda values: lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(values[0]), values)[1])
+    run = jax.jit(
+        lambda values: lax.scan(
+            lambda state, g: tx.update(g, state)[::-1], tx.init(values[0]), values
+        )[1]
+    )
     return np.asarray(run(values), np.float64)[:, 0]
 
 
@@ -111,7 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pains", description=__doc__)
     parser.add_argument("--output", type=Path, help="a markdown file to write the table to")
     options = parser.parse_args()
-    show([Table("What hurts today", ("", "Optax", "adam_jax"), [pain() for pain in PAINS])], options.output)
+    show(
+        [Table("What hurts today", ("", "Optax", "adam_jax"), [pain() for pain in PAINS])],
+        options.output,
+    )
 
 
 if __name__ == "__main__":

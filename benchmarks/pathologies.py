@@ -1,7 +1,9 @@
-"""Four runs that go wrong, each beside a healthy one of the same network: `python -m benchmarks.pathologies`.
+"""Four runs that go wrong, each beside a healthy one of the same network.
 
-An MLP of 64-32-32-10 on the digits of scikit-learn, every step observed, in a few seconds. `tests/test_pathologies.py` holds
-what the table shows.
+`python -m benchmarks.pathologies`.
+
+An MLP of 64-32-32-10 on the digits of scikit-learn, every step observed, in a few seconds.
+`tests/test_pathologies.py` holds what the table shows.
 """
 
 from __future__ import annotations
@@ -102,12 +104,24 @@ PATHOLOGIES = {
         Case(6e-2, b2=0.9999, shifts=True),
         Case(6e-2, b2=0.95, shifts=True),
     ),
-    "ε too large": Pathology("all/eps_share", 0.5, True, slice(0, STEPS), Case(1e-3, eps=1.0), Case(1e-3)),
+    "ε too large": Pathology(
+        "all/eps_fraction", 0.5, True, slice(0, STEPS), Case(1e-3, eps=1.0), Case(1e-3)
+    ),
     "bf16, rounded to nearest": Pathology(
-        "all/unmoved_share", 0.5, True, slice(0, STEPS), Case(1e-4, dtype=jnp.bfloat16), Case(1e-4)
+        "all/stalled_fraction",
+        0.5,
+        True,
+        slice(0, STEPS),
+        Case(1e-4, dtype=jnp.bfloat16),
+        Case(1e-4),
     ),
     "a dead layer": Pathology(
-        f"{DEAD}/gradient_norm", 1e-6, False, slice(0, STEPS), Case(1e-3, build=_grouped, bias=-100.0), Case(1e-3, build=_grouped)
+        f"{DEAD}/gradient_norm",
+        1e-6,
+        False,
+        slice(0, STEPS),
+        Case(1e-3, build=_grouped, bias=-100.0),
+        Case(1e-3, build=_grouped),
     ),
 }
 
@@ -124,7 +138,9 @@ def _start(random: np.random.Generator, case: Case) -> Any:
     sizes = {"first": (64, 32, 0.0), "hidden": (32, 32, case.bias), "last": (32, 10, 0.0)}
     return {
         name: {
-            "kernel": jnp.asarray(random.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs), case.dtype),
+            "kernel": jnp.asarray(
+                random.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs), case.dtype
+            ),
             "bias": jnp.full(outputs, bias, case.dtype),
         }
         for name, (inputs, outputs, bias) in sizes.items()
@@ -143,16 +159,24 @@ def _loss(params: Any, images: Array, targets: Array) -> Array:
 
 @functools.cache
 def _program(build: Callable[..., Any]) -> Any:
-    """A whole run, every step of it observed; the numbers of an optimizer are arguments, so that runs share what is compiled."""
+    """A whole run, every step of it observed.
+
+    The numbers of an optimizer are arguments, so that runs share what is compiled.
+    """
 
     def run(numbers: Any, params: Any, images: Array, targets: Array, batches: Any) -> Any:
         tx = adam_jax.observe(build(*numbers), every=1)
 
         def step(carry: Any, batch: tuple[Array, Array]) -> Any:
             (params, state), (chosen, brightness) = carry, batch
-            loss, grads = jax.value_and_grad(_loss)(params, images[chosen] * brightness, targets[chosen])
+            loss, grads = jax.value_and_grad(_loss)(
+                params, images[chosen] * brightness, targets[chosen]
+            )
             updates, state = tx.update(grads, state, params)
-            return (adam_jax.apply_updates(params, updates), state), (loss, adam_jax.observations(state))
+            return (adam_jax.apply_updates(params, updates), state), (
+                loss,
+                adam_jax.observations(state),
+            )
 
         return lax.scan(step, (params, tx.init(params)), batches)[1]
 
@@ -168,32 +192,44 @@ def train(case: Case) -> Outcome:
     order = random.integers(len(targets), size=(STEPS, BATCH))
     brightness = np.where(case.shifts & (np.arange(STEPS) < SHIFT), 0, 1).astype(np.float32)
     numbers = tuple(map(np.float32, case[:3]))
-    losses, seen = jax.device_get(_program(case.build)(numbers, params, images, targets, (order, brightness)))
+    losses, seen = jax.device_get(
+        _program(case.constructor)(numbers, params, images, targets, (order, brightness))
+    )
     return Outcome(losses, seen)
 
 
 def found(pathology: Pathology, case: Case) -> float:
     """The metric of a run: its median over the steps that matter."""
-    seen = train(case).seen.get(pathology.metric, np.zeros(STEPS))  # float32 parameters have no share that rounding loses
+    seen = train(case).seen.get(
+        pathology.metric, np.zeros(STEPS)
+    )  # float32 parameters have no share that rounding loses
     return float(np.median(seen[pathology.steps]))
 
 
 def table() -> Table:
     """A row for each pathology."""
     return Table(
-        f"An MLP on scikit-learn's digits, {STEPS} steps of {BATCH}: what goes wrong, and the metric that shows it",
+        f"An MLP on scikit-learn's digits, {STEPS} steps of {BATCH}: what goes wrong, and the "
+        "metric that shows it",
         ("", "metric", "limit", "sick", "healthy", "loss, sick", "loss, healthy"),
         [_row(name, its) for name, its in PATHOLOGIES.items()],
-        f"Metrics: medians over all steps; of the first, over the 5 after step {SHIFT}, up to which images are "
-        "black, and its losses are the largest after it. The other losses: means over the last 50 steps. With "
-        f"round_stochastically the bf16 run ends at {_end(ROUNDED, last=True):.3f}.",
+        f"Metrics: medians over all steps; of the first, over the 5 after step {SHIFT}, up to "
+        "which images are black, and its losses are the largest after it. The other losses: means "
+        "over the last 50 steps. With round_stochastically the bf16 run ends at "
+        f"{_end(ROUNDED, last=True):.3f}.",
     )
 
 
 def _row(name: str, its: Pathology) -> tuple[str, ...]:
     numbers = [f"{found(its, case):.3g}" for case in (its.sick, its.healthy)]
     losses = [f"{_end(case, last=not case.shifts):.3f}" for case in (its.sick, its.healthy)]
-    return (name, f"`{its.metric}`", f"{'>' if its.sick_is_above else '<'} {its.limit:g}", *numbers, *losses)
+    return (
+        name,
+        f"`{its.metric}`",
+        f"{'>' if its.sick_is_above else '<'} {its.limit:g}",
+        *numbers,
+        *losses,
+    )
 
 
 def _end(case: Case, last: bool) -> float:

@@ -1,11 +1,13 @@
 """What one step of Adam costs: `python -m benchmarks.step`.
 
-One jitted update + apply with donated parameters and state, ours and Optax's, next to PyTorch's fused Adam in a process of
-its own. Machines are noisy, so contenders take turns call by call in every order, arrays are made afresh several times,
-and each call is compared with the one of Optax beside it. Optax takes part twice: the ratio of it to itself is what this
-machine, at this hour, cannot tell from 1.
+One jitted update + apply with donated parameters and state, ours and Optax's, next to PyTorch's
+fused Adam in a process of its own. Machines are noisy, so contenders take turns call by call in
+every order, arrays are made afresh several times, and each call is compared with the one of Optax
+beside it. Optax takes part twice: the ratio of it to itself is what this machine, at this hour,
+cannot tell from 1.
 
-Then the storages of the moments, ours against ours, and against a copy of the parameters: what memory alone would take.
+Then the storages of the moments, ours against ours, and against a copy of the parameters: what
+memory alone would take.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ LEARNING_RATE = 1e-3
 OURS, OPTAX, AGAIN, TORCH = "ours", "Optax", "Optax again", "PyTorch"
 FLOAT32, COPY = "f32", "copy"
 ROUNDS = 5
-"""How often arrays are made afresh: where they happen to lie in memory changes the time by more than noise does."""
+"""How often arrays are made afresh: where they happen to lie in memory changes the time by more
+than noise does."""
 
 STEP_BOUND, COMPILE_BOUND = 1.02, 1.0
 
@@ -74,10 +77,13 @@ STORAGES: Contenders = {
     "8-bit moments, bf16 parameters rounded stochastically": Contender(
         _stored("8bit", adam_jax.round_stochastically()), "bfloat16"
     ),
-    "bf16 parameters, compensated": Contender(_stored("float32", adam_jax.compensate()), "bfloat16"),
+    "bf16 parameters, compensated": Contender(
+        _stored("float32", adam_jax.compensate()), "bfloat16"
+    ),
     COPY: Contender(optax.scale(1.0)),
 }
-"""The copy reads parameters and gradients and writes their sum: 12 bytes a parameter, and no arithmetic to speak of."""
+"""The copy reads parameters and gradients and writes their sum: 12 bytes a parameter, and no
+arithmetic to speak of."""
 
 
 class Compiled(NamedTuple):
@@ -86,7 +92,8 @@ class Compiled(NamedTuple):
     Attributes:
       call: (params, state, gradients) -> (params, state), the first two donated.
       seconds: what tracing, lowering and compiling took.
-      accessed: bytes that it reads and writes, by XLA's count; `None` where the backend does not count.
+      accessed: bytes that it reads and writes, by XLA's count; `None` where the backend does not
+        count.
       temporary: bytes that it needs beside its arguments and results, by XLA's count, or `None`.
     """
 
@@ -139,11 +146,18 @@ def compile_step(contender: Contender, tree: str) -> Compiled:
     seconds = time.perf_counter() - start
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
     memory = compiled.memory_analysis()
-    return Compiled(compiled, seconds, accessed and int(accessed), memory and int(memory.temp_size_in_bytes))
+    return Compiled(
+        compiled, seconds, accessed and int(accessed), memory and int(memory.temp_size_in_bytes)
+    )
 
 
-def time_compiles(contenders: Contenders, tree: str, repeats: int) -> tuple[Times, dict[str, Compiled]]:
-    """Seconds of `repeats` compilations of each contender's step, in turns, and the last compiled ones."""
+def time_compiles(
+    contenders: Contenders, tree: str, repeats: int
+) -> tuple[Times, dict[str, Compiled]]:
+    """Seconds of `repeats` compilations of each contender's step, in turns.
+
+    And the last compiled ones.
+    """
     seconds: Times = {name: [] for name in contenders}
     compiled = {}
     for repeat in range(repeats):
@@ -169,8 +183,13 @@ class _Run:
         return time.perf_counter() - start
 
 
-def time_steps(contenders: Contenders, tree: str, compiled: dict[str, Compiled], calls: int, turn: int = 0) -> Times:
-    """Seconds of `calls` steps of each contender, in turns, on fresh arrays; `turn` says whose are made first."""
+def time_steps(
+    contenders: Contenders, tree: str, compiled: dict[str, Compiled], calls: int, turn: int = 0
+) -> Times:
+    """Seconds of `calls` steps of each contender, in turns, on fresh arrays.
+
+    `turn` says whose are made first.
+    """
     runs = {name: _Run(contenders[name], compiled[name], tree) for name in _order(contenders, turn)}
     seconds: Times = {name: [] for name in contenders}
     for call in range(-WARM_UP, calls):
@@ -181,7 +200,9 @@ def time_steps(contenders: Contenders, tree: str, compiled: dict[str, Compiled],
     return seconds
 
 
-def measure(contenders: Contenders, tree: str, calls: int, compiles: int, torch: TorchProcess | None = None) -> Result:
+def measure(
+    contenders: Contenders, tree: str, calls: int, compiles: int, torch: TorchProcess | None = None
+) -> Result:
     """Everything about one tree."""
     compile_seconds, compiled = time_compiles(contenders, tree, compiles)
     steps: Times = {name: [] for name in (*contenders, *([TORCH] if torch else []))}
@@ -201,7 +222,9 @@ def ratio(times: Times, name: str, to: str = OPTAX) -> Ratio:
 
 def _order(contenders: Contenders, turn: int) -> tuple[str, ...]:
     orders = (
-        list(permutations(contenders)) if len(contenders) <= 3 else [np.roll(list(contenders), k) for k in range(len(contenders))]
+        list(permutations(contenders))
+        if len(contenders) <= 3
+        else [np.roll(list(contenders), k) for k in range(len(contenders))]
     )
     return tuple(orders[turn % len(orders)])
 
@@ -214,9 +237,24 @@ def cost_table(results: Iterable[Result], torch_device: str) -> Table:
     ratio_head = "× Optax (quartiles)"
     return Table(
         "Adam: update and apply in one jitted, donated step",
-        ("tree", "", "step", ratio_head, "compile", ratio_head, "bytes accessed", "a parameter", "temporary bytes"),
-        [_cost_row(result, name, torch_device) for result in results for name in (*OPTIMIZERS, TORCH)],
-        "Medians. Compile: trace, lower and compile with empty caches. Bytes: XLA's count, a float32.",
+        (
+            "tree",
+            "",
+            "step",
+            ratio_head,
+            "compile",
+            ratio_head,
+            "bytes accessed",
+            "a parameter",
+            "temporary bytes",
+        ),
+        [
+            _cost_row(result, name, torch_device)
+            for result in results
+            for name in (*OPTIMIZERS, TORCH)
+        ],
+        "Medians. Compile: trace, lower and compile with empty caches. Bytes: XLA's count, a "
+        "float32.",
     )
 
 
@@ -263,21 +301,47 @@ def bound_table(results: Iterable[Result]) -> Table:
 
 
 def _bound_rows(result: Result) -> Iterator[tuple[str, ...]]:
-    for what, times, bound in (("step", result.steps, STEP_BOUND), ("compile", result.compiles, COMPILE_BOUND)):
+    for what, times, bound in (
+        ("step", result.steps, STEP_BOUND),
+        ("compile", result.compiles, COMPILE_BOUND),
+    ):
         found, noise = (ratio(times, name).median for name in (OURS, AGAIN))
-        yield result.tree, what, f"{found:.3f}", f"≤ {bound:.2f}", _yes(found <= bound), f"{noise:.3f}"
+        yield (
+            result.tree,
+            what,
+            f"{found:.3f}",
+            f"≤ {bound:.2f}",
+            _yes(found <= bound),
+            f"{noise:.3f}",
+        )
     mine, theirs = (result.compiled[name].accessed for name in (OURS, OPTAX))
     if mine is not None and theirs is not None:
-        yield result.tree, "bytes accessed", f"{mine / theirs:.7f} ({mine - theirs:+,} bytes)", "≤ 1", _yes(mine <= theirs), "1"
+        yield (
+            result.tree,
+            "bytes accessed",
+            f"{mine / theirs:.7f} ({mine - theirs:+,} bytes)",
+            "≤ 1",
+            _yes(mine <= theirs),
+            "1",
+        )
 
 
 def storage_table(results: Iterable[Result]) -> Table:
     """What each storage takes, and how much memory it moves in that time."""
     return Table(
         "Adam by storage: the same step, ours",
-        ("tree", "", "step", "× f32 (quartiles)", "bytes a parameter at rest", "moved in a step", "GB/s"),
+        (
+            "tree",
+            "",
+            "step",
+            "× f32 (quartiles)",
+            "bytes a parameter at rest",
+            "moved in a step",
+            "GB/s",
+        ),
         [_storage_row(result, name) for result in results for name in STORAGES],
-        "Moved: parameters and state read and written once, gradients read once. More is moved where XLA makes several loops.",
+        "Moved: parameters and state read and written once, gradients read once. More is moved "
+        "where XLA makes several loops.",
     )
 
 
@@ -291,7 +355,15 @@ def _storage_row(result: Result, name: str) -> tuple[str, ...]:
     times = "1" if name == FLOAT32 else f"{median:.2f} ({low:.2f}–{high:.2f})"
     speed = moved * sizes.elements / seconds / 1e9
     rests = f"{sizes.total / sizes.elements:.2f}"
-    return result.tree, name, f"{seconds * 1e3:.2f} ms", times, rests, f"{moved:.2f}", f"{speed:.1f}"
+    return (
+        result.tree,
+        name,
+        f"{seconds * 1e3:.2f} ms",
+        times,
+        rests,
+        f"{moved:.2f}",
+        f"{speed:.1f}",
+    )
 
 
 def _yes(kept: bool) -> str:
@@ -301,13 +373,21 @@ def _yes(kept: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES), help="default: all")
     parser.add_argument(
-        "--storage-trees", nargs="*", choices=TREES, default=["4096x4096"], help="for the storages; default: 4096x4096"
+        "--trees", nargs="+", choices=TREES, default=list(TREES), help="default: all"
+    )
+    parser.add_argument(
+        "--storage-trees",
+        nargs="*",
+        choices=TREES,
+        default=["4096x4096"],
+        help="for the storages; default: 4096x4096",
     )
     parser.add_argument("--repeats", type=int, help="timed calls of each step; default: 100")
     parser.add_argument("--compiles", type=int, help="timed compilations of each step; default: 9")
-    parser.add_argument("--quick", action="store_true", help="10 calls and 2 compilations: to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="10 calls and 2 compilations: to see that it runs"
+    )
     parser.add_argument("--output", type=Path, help="a markdown file to write the tables to")
     options = parser.parse_args(arguments)
     calls = options.repeats or (10 if options.quick else 100)
@@ -321,7 +401,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch = stack.enter_context(TorchProcess(device)) if installed("torch") else None
         results = [measure(OPTIMIZERS, tree, calls, compiles, torch) for tree in options.trees]
     stored = [measure(STORAGES, tree, calls, compiles=1) for tree in options.storage_trees]
-    tables = [cost_table(results, torch.device if torch else ""), bound_table(results), storage_table(stored)]
+    tables = [
+        cost_table(results, torch.device if torch else ""),
+        bound_table(results),
+        storage_table(stored),
+    ]
     show(tables, options.output)
 
 

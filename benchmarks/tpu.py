@@ -1,8 +1,8 @@
 """What a TPU's own compiler makes of a step: `python -m benchmarks.tpu`.
 
-It is in libtpu (`pip install -e ".[tpu-aot]"`) and needs no TPU: it compiles for one that is described to it, and tells how many
-bytes of memory the program reads and writes, and how many it needs beside its arguments and results. For a step that only
-memory limits, that is its speed.
+It is in libtpu (`pip install -e ".[tpu-aot]"`) and needs no TPU: it compiles for one that is
+described to it, and tells how many bytes of memory the program reads and writes, and how many it
+needs beside its arguments and results. For a step that only memory limits, that is its speed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ GENERATIONS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 """By name: four chips of each, as the compiler calls them."""
 
 OPTIONS = {"xla_msa_enable": "false"}
-"""No copies to the chip's own memory ahead of the pass. Left to itself the compiler makes them of small arrays, most of a model's
-leaves, and counts those bytes twice: once for the copy, once for the pass that then reads them where they cost next to nothing.
-GPT-2's tree would be 37 bytes a parameter in place of 28, Optax's Adam too. Without copies a byte counted is one of main memory.
-Reserving all of that memory for the pass (`xla_tpu_scoped_vmem_limit_kib`) does the same, and compiles longer.
-"""
+"""No copies to the chip's own memory ahead of the pass. Left to itself the compiler makes them of
+small arrays, most of a model's leaves, and counts those bytes twice: once for the copy, once for
+the pass that then reads them where they cost next to nothing. GPT-2's tree would be 37 bytes a
+parameter in place of 28, Optax's Adam too. Without copies a byte counted is one of main memory.
+Reserving all of that memory for the pass (`xla_tpu_scoped_vmem_limit_kib`) does the same, and
+compiles longer. """
 
 TEMPORARY = 0.2
-"""The bound on temporary bytes per parameter. The scale of a row takes 44 bytes beside it: 0.06 per parameter for rows of 768."""
+"""The bound on temporary bytes per parameter.
+
+The scale of a row takes 44 bytes beside it: 0.06 per parameter for rows of 768.
+"""
 
 
 class Setup(NamedTuple):
@@ -77,7 +81,8 @@ class Cost(NamedTuple):
     """Bytes for each parameter.
 
     Attributes:
-      needed: of the arrays that the step is given and those that it returns; no step can access fewer.
+      needed: of the arrays that the step is given and those that it returns; no step can access
+        fewer.
       accessed: that it reads and writes, by the compiler's count.
       temporary: that it needs beside its arguments and results.
     """
@@ -89,13 +94,20 @@ class Cost(NamedTuple):
 
 @functools.cache
 def devices(generation: str) -> tuple[Any, ...]:
-    """Four TPUs of a generation, or those of a topology as the compiler calls it; they need not be there."""
+    """Four TPUs of a generation, or those of a topology as the compiler calls it.
+
+    They need not be there.
+    """
     # Or libtpu asks the network which TPU this is, and keeps out every other process that compiles.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS.get(generation, generation)).devices)
+    return tuple(
+        topologies.get_topology_desc(
+            platform="tpu", topology_name=GENERATIONS.get(generation, generation)
+        ).devices
+    )
 
 
 def abstract(shapes: _trees.Shapes, dtype: Any = jnp.float32) -> list[jax.ShapeDtypeStruct]:
@@ -104,7 +116,10 @@ def abstract(shapes: _trees.Shapes, dtype: Any = jnp.float32) -> list[jax.ShapeD
 
 
 def compile_step(
-    optimizer: optax.GradientTransformation, params: Any, generation: str, spec: PartitionSpec | None = None
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    generation: str,
+    spec: PartitionSpec | None = None,
 ) -> tuple[Any, Cost]:
     """Compiles update and apply, parameters and state donated.
 
@@ -112,7 +127,8 @@ def compile_step(
       optimizer: the transformation.
       params: abstract parameters.
       generation: of the TPU.
-      spec: how parameters, and what has their shape, are split over an axis "x" of four chips; by default there is one chip.
+      spec: how parameters, and what has their shape, are split over an axis "x" of four chips; by
+        default there is one chip.
 
     Returns:
       What was compiled, and its cost on one chip.
@@ -120,7 +136,9 @@ def compile_step(
 
     def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(gradients, state, params)
-        with jax.numpy_dtype_promotion("standard"):  # Optax adds updates of another dtype than the parameters'
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # Optax adds updates of another dtype than the parameters'
             return optax.apply_updates(params, updates), state
 
     chips = devices(generation)[: 1 if spec is None else None]
@@ -159,29 +177,47 @@ def cost_table(trees: Sequence[str], generations: Sequence[str]) -> Table:
         "Adam on a TPU: bytes a parameter of one jitted, donated step",
         ("tree", "TPU", "", "needed", "accessed", "temporary", "bound", "kept"),
         rows,
-        f"By the compiler of libtpu {version('libtpu')}; no TPU took part. Needed: the arrays in and out. "
-        f"Bound: on the bytes accessed; temporary ones are bound by {TEMPORARY}.",
+        f"By the compiler of libtpu {version('libtpu')}; no TPU took part. Needed: the arrays in "
+        f"and out. Bound: on the bytes accessed; temporary ones are bound by {TEMPORARY}.",
     )
 
 
 def _verdict(cost: Cost, bound: float | None) -> tuple[str, str]:
     if bound is None:
         return "", ""
-    return f"≤ {bound:.1f}", "yes" if cost.accessed <= bound and cost.temporary <= TEMPORARY else "no"
+    return (
+        f"≤ {bound:.1f}",
+        "yes" if cost.accessed <= bound and cost.temporary <= TEMPORARY else "no",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu", description=__doc__)
-    parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES), help="default: all")
-    parser.add_argument("--generations", nargs="+", choices=GENERATIONS, default=list(GENERATIONS), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="the single leaf only: a model takes minutes")
+    parser.add_argument(
+        "--trees", nargs="+", choices=TREES, default=list(TREES), help="default: all"
+    )
+    parser.add_argument(
+        "--generations",
+        nargs="+",
+        choices=GENERATIONS,
+        default=list(GENERATIONS),
+        help="default: all",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the single leaf only: a model takes minutes"
+    )
     parser.add_argument("--output", type=Path, help="a markdown file to write the table to")
     options = parser.parse_args(arguments)
     if not installed("libtpu"):
         parser.error('libtpu is not installed: pip install -e ".[tpu-aot]"')
-    jax.config.update("jax_platforms", "cpu")  # or JAX looks for a TPU where there is only its compiler
-    show([cost_table([LEAF] if options.quick else options.trees, options.generations)], options.output)
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # or JAX looks for a TPU where there is only its compiler
+    show(
+        [cost_table([LEAF] if options.quick else options.trees, options.generations)],
+        options.output,
+    )
 
 
 if __name__ == "__main__":

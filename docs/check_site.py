@@ -1,16 +1,19 @@
-"""Looks at the built site in a real browser: `python docs/check_site.py docs/_build [--screenshots DIR]`.
+"""Looks at the built site in a real browser: `python docs/check_site.py docs/_build [--screenshots
+DIR]`.
 
-Serves the site on localhost and visits every page at desktop and phone width, light and dark, in Chromium. Fails for
+Serves the site on localhost and visits every page at desktop and phone width, light and dark, in
+Chromium. Fails for
 
 - a message in the console, an error of a script, a request that fails or leaves the site
 - a link or an anchor that leads nowhere
 - a page that is wider than the window (tables, code and equations may scroll in boxes of their own)
 - text below 4.5 : 1 in contrast, 3 : 1 where it is large (WCAG 2, AA), or smaller than 10 px
-- code without a button that copies it, a button that copies something else, an image without a text in its place
+- code without a button that copies it, a button that copies something else
+- an image without a text in its place
 - a search that does not find its page
 
-Needs `pip install -e ".[docs]"` and a Chromium of the system. Where there is none it says so and succeeds.
-"""
+Needs `pip install -e ".[docs]"` and a Chromium of the system. Where there is none it says so and
+succeeds."""
 
 import argparse
 import contextlib
@@ -27,9 +30,14 @@ from urllib.parse import unquote, urlsplit
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
 LEFT = {"net::ERR_ABORTED", "net::ERR_FAILED"}
-SEARCHES = {"storage": "low-precision.html", "ZeRO": "scaling-out.html", "track_moments": "api.html"}
+SEARCHES = {
+    "storage": "low-precision.html",
+    "ZeRO": "scaling-out.html",
+    "track_moments": "api.html",
+}
 
-# What a page says of itself, once it is drawn. Colours are composited over all backgrounds below, as the eye sees them.
+# What a page says of itself, once it is drawn. Colours are composited over all backgrounds below,
+# as the eye sees them.
 INSPECT = r"""
 () => {
   const found = {links: [], ids: [], problems: []};
@@ -37,7 +45,8 @@ INSPECT = r"""
   for (const e of document.querySelectorAll("[id], a[name]")) found.ids.push(e.id || e.name);
   const where = e => {
     const text = (e.innerText || e.textContent || "").trim().replace(/\s+/g, " ").slice(0, 60);
-    return `<${e.localName}${e.className && e.className.baseVal === undefined ? "." + e.className : ""}> "${text}"`;
+    const kind = e.className && e.className.baseVal === undefined ? "." + e.className : "";
+    return `<${e.localName}${kind}> "${text}"`;
   };
   const say = (what, e) => found.problems.push(`${what}: ${where(e)}`);
 
@@ -48,12 +57,14 @@ INSPECT = r"""
   for (const e of page.querySelectorAll("*"))
     if (e.getBoundingClientRect().right > wide + 1 && !boxed(e)) say("wider than the window", e);
   if (document.documentElement.scrollWidth > wide)
-    found.problems.push(`the page is ${document.documentElement.scrollWidth} px wide in a window of ${wide}`);
+    found.problems.push(
+      `the page is ${document.documentElement.scrollWidth} px wide in a window of ${wide}`);
   for (const pre of document.querySelectorAll("article div.highlight pre"))
     if (!pre.closest(".highlight").querySelector("button.copybtn")) say("no copy button", pre);
   const file = address => address.split("/").pop();  // Sphinx's own stand-in is the file's name
   for (const img of document.querySelectorAll("article img"))
-    if (!img.alt.trim() || file(img.alt) === file(img.src)) found.problems.push(`no alternative text: ${img.src}`);
+    if (!img.alt.trim() || file(img.alt) === file(img.src))
+      found.problems.push(`no alternative text: ${img.src}`);
   for (const svg of document.querySelectorAll("article svg.drawing"))
     if (!svg.getAttribute("aria-label") && !svg.querySelector("title")) say("no title", svg);
 
@@ -85,7 +96,8 @@ INSPECT = r"""
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; (node = texts.nextNode());) {
     const e = node.parentElement;
-    if (!node.data.trim() || judged.has(e) || e.closest("script, style, noscript, title, desc, .headerlink, button")) continue;
+    if (!node.data.trim() || judged.has(e)) continue;
+    if (e.closest("script, style, noscript, title, desc, .headerlink, button")) continue;
     judged.add(e);
     if (!e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
     const style = getComputedStyle(e), svg = e.closest("svg");
@@ -93,14 +105,17 @@ INSPECT = r"""
     const size = parseFloat(style.fontSize) * scale;
     if (svg) {
       const text = e.getBoundingClientRect(), sheet = svg.getBoundingClientRect();
-      const inside = text.left > sheet.left - 1 && text.right < sheet.right + 1 && text.bottom < sheet.bottom + 1;
+      const beside = text.left > sheet.left - 1 && text.right < sheet.right + 1;
+      const inside = beside && text.bottom < sheet.bottom + 1;
       if (!inside) say("cut off by its drawing", e);
     }
     if (size < 10 && !e.closest("math, sub, sup")) say(`text of ${size.toFixed(1)} px`, e);
     const below = background(svg || e), ink = rgba(svg ? style.fill : style.color);
     const [light, dark] = [luminance(over(ink, below)), luminance(below)].sort((a, b) => b - a);
-    const ratio = (light + 0.05) / (dark + 0.05), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
-    if (ratio < (large ? 3 : 4.5)) say(`contrast ${ratio.toFixed(2)}, ${style.color} on rgb(${below.map(Math.round)})`, e);
+    const ratio = (light + 0.05) / (dark + 0.05);
+    const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    if (ratio < (large ? 3 : 4.5))
+      say(`contrast ${ratio.toFixed(2)}, ${style.color} on rgb(${below.map(Math.round)})`, e);
   }
   return found;
 }
@@ -120,15 +135,23 @@ class Visit:
     def __init__(self, browser, root, look, scheme, problems):
         width, height = WIDTHS[look]
         self.root, self.problems, self.name, self.at = root, problems, f"{look}, {scheme}", ""
-        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.context.route("**/*", self._request)
         self.context.set_default_timeout(20_000)
         self.page = self.context.new_page()
-        self.page.on("console", lambda m: m.type in {"error", "warning"} and self.say(f"console: {m.text}"))
+        self.page.on(
+            "console", lambda m: m.type in {"error", "warning"} and self.say(f"console: {m.text}")
+        )
         self.page.on("pageerror", lambda error: self.say(f"script: {error}"))
-        # What is abandoned as the next page opens has not failed, and what `_request` refuses is said there.
-        self.page.on("requestfailed", lambda r: r.failure not in LEFT and self.say(f"request failed: {r.url}: {r.failure}"))
+        # What is abandoned as the next page opens has not failed, and what `_request` refuses is
+        # said there.
+        self.page.on(
+            "requestfailed",
+            lambda r: r.failure not in LEFT and self.say(f"request failed: {r.url}: {r.failure}"),
+        )
         self.page.on("response", lambda r: r.status >= 400 and self.say(f"{r.status}: {r.url}"))
 
     def say(self, problem):
@@ -167,24 +190,35 @@ class Visit:
         code = self.page.locator("article div.highlight").first
         code.hover()
         code.locator("button.copybtn").click()
-        copied, shown = self.page.evaluate("navigator.clipboard.readText()"), code.locator("pre").inner_text()
+        copied, shown = (
+            self.page.evaluate("navigator.clipboard.readText()"),
+            code.locator("pre").inner_text(),
+        )
         if copied.strip() != re.sub(r"^(>>> |\.\.\. |\$ )", "", shown, flags=re.M).strip():
             self.say(f"copies {copied!r} of {shown!r}")
 
     def search(self, words, expected):
         self.open(f"search.html?q={words}")
-        self.page.wait_for_selector(f"#search-results li a[href*='{expected}']")  # results come one by one
+        self.page.wait_for_selector(
+            f"#search-results li a[href*='{expected}']"
+        )  # results come one by one
         self.page.wait_for_load_state("networkidle")
         self.inspect()
 
 
 def broken(root, built, links, ids):
-    """Links, as (page, address), to what the site does not have; `ids` are the anchors of each page."""
+    """Links, as (page, address), to what the site does not have;
+
+    `ids` are the anchors of each page.
+    """
     for page, link in sorted(links):
         address = urlsplit(link)
         if not link.startswith(root):
             continue
-        target, anchor = unquote(address.path).lstrip("/") or "index.html", unquote(address.fragment)
+        target, anchor = (
+            unquote(address.path).lstrip("/") or "index.html",
+            unquote(address.fragment),
+        )
         if target in ids:
             if anchor and anchor not in ids[target]:
                 yield f"{page}: no anchor #{anchor} in {target}"
@@ -196,8 +230,14 @@ def check(built, chromium, screenshots=None):
     """The problems of the site in the folder `built`, and how many pages it has."""
     from playwright.sync_api import sync_playwright
 
-    pages = sorted(str(path.relative_to(built)) for path in built.rglob("*.html") if "_static" not in path.parts)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
+    pages = sorted(
+        str(path.relative_to(built))
+        for path in built.rglob("*.html")
+        if "_static" not in path.parts
+    )
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(built))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}/"
     problems, links, ids = [], set(), {}
@@ -214,7 +254,9 @@ def check(built, chromium, screenshots=None):
                         links |= {(page, link) for link in found["links"]}
                         if screenshots:
                             picture = f"{page.replace('/', '-')}.png"
-                            visit.page.screenshot(path=screenshots / f"{look}-{scheme}" / picture, full_page=True)
+                            visit.page.screenshot(
+                                path=screenshots / f"{look}-{scheme}" / picture, full_page=True
+                            )
                 for words, expected in SEARCHES.items():
                     with visit.reporting():
                         visit.search(words, expected)
@@ -231,15 +273,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("built", type=Path, help="folder of the built site")
     parser.add_argument("--screenshots", type=Path, help="folder for a picture of every page")
-    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("chromium-browser"), help="the browser")
+    parser.add_argument(
+        "--chromium",
+        default=shutil.which("chromium") or shutil.which("chromium-browser"),
+        help="the browser",
+    )
     args = parser.parse_args()
     if not (args.built / "index.html").is_file():
-        sys.exit(f"check_site: found no index.html in {args.built}; expected a built site. Run sphinx-build -W docs {args.built}")
+        sys.exit(
+            f"check_site: found no index.html in {args.built}; expected a built site. Run "
+            f"sphinx-build -W docs {args.built}"
+        )
     if args.chromium is None:
-        print("check_site: skipped: no chromium on this machine; on Debian, `apt-get install chromium`")
+        print(
+            "check_site: skipped: no chromium on this machine; on Debian, `apt-get install "
+            "chromium`"
+        )
         return
     if not importlib.util.find_spec("playwright"):
-        sys.exit('check_site: found no playwright; expected the extra "docs". Run pip install -e ".[docs]"')
+        sys.exit(
+            'check_site: found no playwright; expected the extra "docs". '
+            'Run pip install -e ".[docs]"'
+        )
     problems, pages = check(args.built.resolve(), args.chromium, args.screenshots)
     print(*problems, sep="\n")
     if problems:

@@ -1,4 +1,6 @@
-"""Settings and fixtures of all tests: strict promotion, one compilation cache per run, other settings, a training loop."""
+"""Settings and fixtures of all tests: strict promotion, one compilation cache per run, other
+settings, a training loop.
+"""
 
 import ctypes
 import gc
@@ -16,8 +18,9 @@ pytest.register_assert_rewrite("helpers")
 
 OURS = "ADAM_JAX_TESTS_CACHE"
 
-# The workers of a run, and the processes that tests start, share what they compile. It begins empty and ends with the run.
-# Not with JAX 0.6: what it reads back has forgotten which arguments were donated, and parameters stay what they were.
+# The workers of a run, and the processes that tests start, share what they compile. It begins empty
+# and ends with the run. Not with JAX 0.6: what it reads back has forgotten which arguments were
+# donated, and parameters stay what they were.
 shares = tuple(map(int, version("jax").split(".")[:2])) >= (0, 10)
 made = tempfile.mkdtemp(prefix="adam_jax-tests-") if shares and OURS not in os.environ else None
 if made is not None:
@@ -42,7 +45,9 @@ def pytest_unconfigure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One test by itself starts no workers, which would take longer to start than most tests take."""
+    """One test by itself starts no workers, which would take longer to start than most
+    tests take.
+    """
     if len(config.args) == 1 and "::" in config.args[0]:
         config.option.dist = "no"
         return 0
@@ -51,21 +56,38 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Skips tests that need float16 on a processor for which XLA cannot compile it, such as one without F16C."""
+    """Skips tests that need float16 on a processor for which XLA cannot compile it, such as one
+    without F16C.
+    """
     report = yield
-    missing = report.failed and re.search("__(extendhfsf2|truncsfhf2)|Failed to materialize symbols", str(call.excinfo.value))
+    missing = report.failed and re.search(
+        "__(extendhfsf2|truncsfhf2)|Failed to materialize symbols", str(call.excinfo.value)
+    )
     if missing and not has_float16():
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), item.location[1], "Skipped: XLA cannot compile float16 for this processor")
+        report.longrepr = (
+            str(item.path),
+            item.location[1],
+            "Skipped: XLA cannot compile float16 for this processor",
+        )
     return report
 
 
-LONGEST = {f"test_{name}": i for i, name in enumerate(("storage", "diagnostics", "demo", "guards", "fuzz", "fits", "sharding"))}
+LONGEST = {
+    f"test_{name}": i
+    for i, name in enumerate(
+        ("storage", "diagnostics", "demo", "guards", "fuzz", "fits", "sharding")
+    )
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optimized", action="store_true", help="compile as users' programs are compiled")
-    parser.addoption("--thin", type=int, default=1, metavar="N", help="of each test's parameters run one in N")
+    parser.addoption(
+        "--optimized", action="store_true", help="compile as users' programs are compiled"
+    )
+    parser.addoption(
+        "--thin", type=int, default=1, metavar="N", help="of each test's parameters run one in N"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -82,11 +104,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiling(request):
-    """Compiles with less work of LLVM, because most programs run once. Files that compute for long say OPTIMIZED.
+    """Compiles with less work of LLVM, because most programs run once. Files that compute for long
+    say OPTIMIZED.
 
-    Drops a file's programs behind it, because they serve no other file. Kept, they are gigabytes by the end.
-    """
-    optimized = request.config.getoption("--optimized") or getattr(request.module, "OPTIMIZED", False)
+    Drops a file's programs behind it, because they serve no other file. Kept, they are gigabytes by
+    the end."""
+    optimized = request.config.getoption("--optimized") or getattr(
+        request.module, "OPTIMIZED", False
+    )
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.clear_caches()
@@ -131,11 +156,17 @@ def train():
 
 @pytest.fixture
 def agree():
-    """(found, expected, **tolerances): equal structures, and leaves that are close; a state's other types do not matter."""
+    """(found, expected, **tolerances): equal structures, and leaves that are close; a state's other
+    types do not matter.
+    """
 
     def check(found, expected, **tolerances):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
-        for (path, left), right in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(left, right, err_msg=jax.tree_util.keystr(path), **tolerances)
+        for (path, left), right in zip(
+            jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(
+                left, right, err_msg=jax.tree_util.keystr(path), **tolerances
+            )
 
     return check

@@ -1,4 +1,6 @@
-"""Helpers of several test files: drawn trees, runs, comparisons to the last bit, expected errors."""
+"""Helpers of several test files: drawn trees, runs, comparisons to the last bit,
+expected errors.
+"""
 
 import functools
 import re
@@ -10,13 +12,16 @@ import optax
 import pytest
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays the same. A product and a sum
-are rounded one after the other, as they are unjitted."""
+"""Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays
+the same. A product and a sum are rounded one after the other, as they are unjitted."""
 
 
 @functools.cache
 def has_float16():
-    """Whether XLA can compile float16 for this processor. For one without F16C it cannot: symbols are missing."""
+    """Whether XLA can compile float16 for this processor.
+
+    For one without F16C it cannot: symbols are missing.
+    """
     try:
         jax.jit(lambda x: (x.astype(jnp.float32) + 1).astype(jnp.float16))(jnp.ones(9, jnp.float16))
     except jax.errors.JaxRuntimeError:
@@ -32,12 +37,18 @@ def normals(*shape, seed=0, scale=1.0, dtype=jnp.float32):
 def draw_tree(seed, shapes, scale=1.0, dtype=jnp.float32):
     """A tree of normal random numbers, of the shapes (tuples of integers) in a tree."""
     rng = np.random.default_rng(seed)
-    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
-    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape) * scale, dtype), shapes, is_leaf=is_shape)
+    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape) * scale, dtype),
+        shapes,
+        is_leaf=is_shape,
+    )
 
 
 def paths_of(txs, gradients, start):
-    """Of several transformations by name: the parameters after every step along `gradients`, from one program."""
+    """Of several transformations by name: the parameters after every step along `gradients`, from
+    one program.
+    """
 
     def run(tx, gradients):
         def step(carry, g):
@@ -48,7 +59,9 @@ def paths_of(txs, gradients, start):
 
         return jax.lax.scan(step, (start, tx.init(start)), gradients)[1]
 
-    return jax.jit(lambda gradients: {name: run(tx, gradients) for name, tx in txs.items()})(gradients)
+    return jax.jit(lambda gradients: {name: run(tx, gradients) for name, tx in txs.items()})(
+        gradients
+    )
 
 
 def avals(tree):

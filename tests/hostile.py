@@ -1,7 +1,8 @@
-"""Input that is legal and hostile, as hypothesis draws it: trees, members, numbers, storages, links, gradients.
+"""Input that is legal and hostile, as hypothesis draws it: trees, members, numbers, storages,
+links, gradients.
 
-`cases` draws a `Case`, which prints as what it is and from which everything else is made; `bound` says how long its step may be.
-"""
+`cases` draws a `Case`, which prints as what it is and from which everything else is made; `bound`
+says how long its step may be."""
 
 import contextlib
 import dataclasses
@@ -17,6 +18,7 @@ from helpers import has_float16
 from hypothesis import strategies as st
 
 import adam_jax as aj
+from adam_jax.storage.formats import resolve_storage
 
 # What is drawn
 
@@ -47,12 +49,18 @@ class Switch:
     step: int
 
     def __call__(self, count):
-        return jnp.where(count < self.step, *(np.asarray(x, jnp.result_type(float)) for x in (self.before, self.after)))
+        return jnp.where(
+            count < self.step,
+            *(np.asarray(x, jnp.result_type(float)) for x in (self.before, self.after)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One transformation and what it is given. `traced`: whether its plain numbers are arguments of the jitted step."""
+    """One transformation and what it is given.
+
+    `traced`: whether its plain numbers are arguments of the jitted step.
+    """
 
     tree: Any
     member: str
@@ -69,13 +77,27 @@ class Case:
         return {name: value for name, value in self.numbers.items() if not callable(value)}
 
     def transformation(self, **traced):
-        made = getattr(aj, self.member)(**{**self.numbers, **traced}, **self.options, storage=self.storage)
+        made = getattr(aj, self.member)(
+            **{**self.numbers, **traced}, **self.options, storage=self.storage
+        )
         before = [LINKS[name]() for name in self.links if name in OPTAX_LINKS]
         behind = [LINKS[name]() for name in self.links if name not in OPTAX_LINKS]
         return aj.chain(*before, made, *behind)
 
 
-SHAPES = ((3,), (), (0,), (1,), (40,), (2, 3), (3, 0), (2, 1, 3), (1, 2, 1, 3), (2, 1, 1, 2, 2), (1, 2, 1, 2, 1, 2))
+SHAPES = (
+    (3,),
+    (),
+    (0,),
+    (1,),
+    (40,),
+    (2, 3),
+    (3, 0),
+    (2, 1, 3),
+    (1, 2, 1, 3),
+    (2, 1, 1, 2, 2),
+    (1, 2, 1, 2, 1, 2),
+)
 NARROW = ("float32", "bfloat16", *(["float16"] if has_float16() else []), "complex64", "int32")
 WIDE = ("float64", "complex128")
 
@@ -88,16 +110,23 @@ SIZES: dict[str, Callable[..., Any]] = {
     "growing": lambda info, unit, t, rng, shape: np.full(shape, unit * 1e3**t),
     "falling": lambda info, unit, t, rng, shape: np.full(shape, unit * 1e-3**t),
     "spike": lambda info, unit, t, rng, shape: np.full(shape, float(info.max) if t == 1 else unit),
-    "subnormal": lambda info, unit, t, rng, shape: float(info.smallest_subnormal) * rng.integers(-9, 9, shape),
+    "subnormal": lambda info, unit, t, rng, shape: (
+        float(info.smallest_subnormal) * rng.integers(-9, 9, shape)
+    ),
     "tiny": lambda info, unit, t, rng, shape: float(info.tiny) * rng.choice([-1.0, 1.0], shape),
     "huge": lambda info, unit, t, rng, shape: float(info.max) * rng.choice([-1.0, 1.0], shape),
-    "large": lambda info, unit, t, rng, shape: 0.5 * float(info.max) * rng.choice([-1.0, 1.0], shape),
+    "large": lambda info, unit, t, rng, shape: (
+        0.5 * float(info.max) * rng.choice([-1.0, 1.0], shape)
+    ),
 }
-"""By kind: (finfo, unit, step from 0, random numbers, shape) -> what is then clipped to the dtype."""
+"""By kind: (finfo, unit, step from 0, random numbers, shape) -> what is then clipped to the dtype.
+"""
 KINDS = (*SIZES, "mixed")
 STARTS = ("random", "zero", "constant", "subnormal", "tiny", "large")
 
-betas = st.sampled_from([0.9, 0.0, 0.1, 0.5, 0.99, 0.999, 0.999999, 1 - 1e-9]) | st.floats(0, 0.9999)
+betas = st.sampled_from([0.9, 0.0, 0.1, 0.5, 0.99, 0.999, 0.999999, 1 - 1e-9]) | st.floats(
+    0, 0.9999
+)
 small = st.sampled_from([1e-8, 0.0, 1e-30, 1e-16, 1e-3, 1.0])
 decays = st.sampled_from([0.0, 1e-4, 0.1, 1.0])
 rates = st.sampled_from([0.1, 1e-3, 0.0, -0.1]) | st.floats(1e-6, 0.1)
@@ -137,15 +166,22 @@ MEMBERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "adopt": (ADAM[:4], NESTEROV | {"use_clipping": st.booleans()}),
     "ademamix": ((*ADAM, "b3", "alpha", "weight_decay"), MASK),
-    "adam_mini": ((*ADAM[:4], "weight_decay"), MASK | {"blocks": st.sampled_from(["output", "leaf"])}),
-    "adam_atan2": ((*ADAM[:3], "weight_decay"), MASK | {"a": st.sampled_from([1.0, 1.27]), "b": st.sampled_from([1.0, 0.5])}),
+    "adam_mini": (
+        (*ADAM[:4], "weight_decay"),
+        MASK | {"blocks": st.sampled_from(["output", "leaf"])},
+    ),
+    "adam_atan2": (
+        (*ADAM[:3], "weight_decay"),
+        MASK | {"a": st.sampled_from([1.0, 1.27]), "b": st.sampled_from([1.0, 0.5])},
+    ),
 }
 """The numbers and the options of each member."""
 
 F, C = aj.storage.Float, aj.storage.Codes
 FORMS = (
-    "float32", "bfloat16", "8bit", C(smallest=0), C("nearest", smallest=0), F(jnp.bfloat16, smallest=0),
-    F(jnp.bfloat16, "nearest", smallest=0), *([F(jnp.float16, smallest=0)] if has_float16() else []),
+    "float32", "bfloat16", "8bit", C(smallest=0), C("nearest", smallest=0),
+    F(jnp.bfloat16, smallest=0), F(jnp.bfloat16, "nearest", smallest=0),
+    *([F(jnp.float16, smallest=0)] if has_float16() else []),
     F(jnp.float8_e4m3fn, smallest=0),
     F(jnp.float8_e5m2, smallest=2),
 )  # fmt: skip
@@ -153,11 +189,11 @@ FORMS = (
 LINKS = {
     "clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
     "add_noise": lambda: optax.add_noise(0.01, 0.55, 0),
-    "cautious": aj.cautious,
-    "clip_update_rms": aj.clip_update_rms,
+    "cautious": aj.stages.cautious,
+    "clip_update_rms": aj.stages.clip_update_rms,
     "round_stochastically": aj.round_stochastically,
     "compensate": aj.compensate,
-    "average_parameters": lambda: aj.average_parameters(0.9),
+    "average_parameters": lambda: aj.stages.average_parameters(0.9),
 }
 """In the order in which they can stand."""
 OPTAX_LINKS = ("clip_by_global_norm", "add_noise")
@@ -199,22 +235,40 @@ def cases(draw, shapes=SHAPES, most=3, links=tuple(LINKS), members=tuple(aj.fami
     numbers = {name: draw(NUMBERS[name]) for name in names}
     for name in draw(st.sets(st.sampled_from(names), max_size=2)):
         # A schedule gives a float32, which has nothing between the largest of these decays and 1.
-        before, after = (min(x, 0.999999) if NUMBERS[name] is betas else x for x in (numbers[name], draw(NUMBERS[name])))
+        before, after = (
+            min(x, 0.999999) if NUMBERS[name] is betas else x
+            for x in (numbers[name], draw(NUMBERS[name]))
+        )
         numbers[name] = Switch(before, after, draw(st.integers(1, 6)))
     if chosen.get("decay") == "independent" and callable(numbers["learning_rate"]):
-        numbers["learning_rate"] = Switch(0.01, abs(numbers["learning_rate"].after), 3)  # its peak has to be above 0
+        numbers["learning_rate"] = Switch(
+            0.01, abs(numbers["learning_rate"].after), 3
+        )  # its peak has to be above 0
     if member == "momentum" or chosen.get("momentum") is None:
-        chosen = {name: value for name, value in chosen.items() if member == "momentum" or value is not None}
+        chosen = {
+            name: value
+            for name, value in chosen.items()
+            if member == "momentum" or value is not None
+        }
     form = st.sampled_from(FORMS)
     storage = "float32" if chosen.get("centered") else draw(form | st.tuples(form, form))
     traced = draw(st.booleans())
     if traced:  # as in a schedule
-        numbers = {n: min(x, 0.999999) if NUMBERS[n] is betas and not callable(x) else x for n, x in numbers.items()}
+        numbers = {
+            n: min(x, 0.999999) if NUMBERS[n] is betas and not callable(x) else x
+            for n, x in numbers.items()
+        }
     behind = [name for name in links if draw(st.integers(0, 4)) == 4]
-    behind = [name for name in behind if not (name == "compensate" and "round_stochastically" in behind)]
+    behind = [
+        name for name in behind if not (name == "compensate" and "round_stochastically" in behind)
+    ]
     theirs = any(name in OPTAX_LINKS for name in behind)  # they know no integers
     leaf = leaves([d for d in NARROW + WIDE * x64 if not (theirs and d == "int32")], shapes)
-    tree = draw(st.builds(Pair, leaf, trees(leaf, most - 1)) if draw(st.integers(0, 5)) else trees(leaf, most))
+    tree = draw(
+        st.builds(Pair, leaf, trees(leaf, most - 1))
+        if draw(st.integers(0, 5))
+        else trees(leaf, most)
+    )
     tree = (None,) if tree is None else tree  # alone it would mean that there are no parameters
     return Case(tree, member, numbers, chosen, storage, tuple(behind), traced, x64)
 
@@ -248,7 +302,10 @@ def values(kind, leaf, t):
     with np.errstate(all="ignore"):
         x = part(kind)
         x = x + 1j * part(kind) if dtype.kind == "c" else x
-        parts = [np.clip(p, -float(info.max), float(info.max)) for p in ((x.real, x.imag) if dtype.kind == "c" else (x,))]
+        parts = [
+            np.clip(p, -float(info.max), float(info.max))
+            for p in ((x.real, x.imag) if dtype.kind == "c" else (x,))
+        ]
         whole = np.asarray(parts[0] + 1j * parts[1] if dtype.kind == "c" else parts[0])
         return whole.reshape(leaf.shape).astype(dtype)
 
@@ -267,7 +324,12 @@ def parameters(case):
 def gradients(case, t):
     """Those of a step from 0, as NumPy arrays; `float0` for integers."""
     return jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0) if is_integer(leaf) else values(leaf.grad, leaf, t), case.tree
+        lambda leaf: (
+            np.zeros(leaf.shape, jax.dtypes.float0)
+            if is_integer(leaf)
+            else values(leaf.grad, leaf, t)
+        ),
+        case.tree,
     )
 
 
@@ -290,20 +352,24 @@ def shares(betas):
 
 
 def narrowed(case, leaf):
-    """(the factor by which narrowing can lengthen a step of a quotient a step, whether the quotient keeps a bound of its own).
+    """(the factor by which narrowing can lengthen a step of a quotient a step, whether the quotient
+    keeps a bound of its own).
 
-    Codes lie a factor of 2 apart where they are coarsest: μ can double and ν can halve. Two moments that rest alike have ranges
-    that fit each other. Others do not: μ can be rounded up to a smallest number that is far above √ν, or ν saturate where μ does
-    not.
-    """
-    forms = aj.storage.forms(case.storage)
+    Codes lie a factor of 2 apart where they are coarsest: μ can double and ν can halve. Two moments
+    that rest alike have ranges that fit each other. Others do not: μ can be rounded up to a
+    smallest number that is far above √ν, or ν saturate where μ does not."""
+    forms = resolve_storage(case.storage)
     size = math.prod(leaf.shape)
     if all((isinstance(form, F) and form.dtype is None) or size < form.smallest for form in forms):
         return 1.0, True
     alike = all(isinstance(form, C) for form in forms)
     half = all(isinstance(form, F) and form.dtype == jnp.bfloat16 for form in forms)
     fits = (alike or half) and leaf.dtype not in WIDE and not leaf.dtype.startswith("complex")
-    fits = fits and case.member not in ("adam_mini", "adamax", "adamaxw") and forms[0].smallest == forms[1].smallest
+    fits = (
+        fits
+        and case.member not in ("adam_mini", "adamax", "adamaxw")
+        and forms[0].smallest == forms[1].smallest
+    )
     return 8**0.5, fits
 
 
@@ -330,7 +396,10 @@ def bound(case, leaf, t, params, grads):
 
     option = case.options.get
     masked = option("mask") == "matrices" and len(leaf.shape) < 2
-    decay = [0.0 if masked else x * size(p) for x, p in zip(course("weight_decay", 0.0), params, strict=True)]
+    decay = [
+        0.0 if masked else x * size(p)
+        for x, p in zip(course("weight_decay", 0.0), params, strict=True)
+    ]
     gs = np.array([size(g) for g in grads])
     if "add_noise" in case.links:
         gs = gs + 1.0  # ten standard deviations
@@ -339,14 +408,20 @@ def bound(case, leaf, t, params, grads):
     gs = np.minimum(gs, largest * sides)
     noise, fits = narrowed(case, leaf)
     smallest = max(
-        (float(jnp.finfo(f.dtype).smallest_subnormal) for f in aj.storage.forms(case.storage) if isinstance(f, F) and f.dtype),
+        (
+            float(jnp.finfo(f.dtype).smallest_subnormal)
+            for f in resolve_storage(case.storage)
+            if isinstance(f, F) and f.dtype
+        ),
         default=0,
     )
     noise **= t
     rate = [abs(x) for x in course("learning_rate")]
 
     def quotient(w, v, weight, root=True, squared=True, eps="eps", eps_root="eps_root"):
-        """Of a mean with weights w over the root of one with v, divided by `weight`: by ε, and by Cauchy and Schwarz."""
+        """Of a mean with weights w over the root of one with v, divided by `weight`: by ε, and by
+        Cauchy and Schwarz.
+        """
         inside = (number(case, eps_root, t, 0.0) or 0.0) ** (0.5 if root else 1)
         floor = max(number(case, eps, t, 0.0) if eps else 0.0, least) + inside
         by_eps = (float(np.sum(w * gs)) * noise + smallest) / floor
@@ -355,7 +430,9 @@ def bound(case, leaf, t, params, grads):
         used = w > 0
         w, v = w[used], v[used]
         schwarz = np.sqrt(np.sum(w**2 / (v / weight)))
-        lost = 2 * np.sum(w / np.sqrt(v))  # of squares that underflow, over the smallest denominator
+        lost = 2 * np.sum(
+            w / np.sqrt(v)
+        )  # of squares that underflow, over the smallest denominator
         return min(by_eps, noise * (schwarz + lost))
 
     def direction():
@@ -391,14 +468,23 @@ def bound(case, leaf, t, params, grads):
             floor = max(number(case, "eps", t), 0) + least
             kept = np.array([np.prod(b2[i + 1 :]) for i in n])
             by_eps = (np.sum(mean * gs) * noise + smallest) / floor
-            return min(by_eps, np.sum(mean[kept > 0] / kept[kept > 0])) if fits and (kept > 0).all() else by_eps
+            return (
+                min(by_eps, np.sum(mean[kept > 0] / kept[kept > 0]))
+                if fits and (kept > 0).all()
+                else by_eps
+            )
         if case.member == "yogi":
-            # ν is at least this share of each square: it falls by at most (1 − b2)ν, and rises by (1 − b2)g².
+            # ν is at least this share of each square: it falls by at most (1 − b2)ν, and rises by
+            # (1 − b2)g².
             v = np.array([min(1 - b, b) * np.prod(b2[i + 1 :]) for i, b in enumerate(b2)])
             by_eps = quotient(mean, v, 1.0, squared=False)
             used = mean > 0
             least_share = v[used]
-            linear = np.sum(mean[used] * np.sqrt(nu_weight / least_share)) if (least_share > 0).all() else np.inf
+            linear = (
+                np.sum(mean[used] * np.sqrt(nu_weight / least_share))
+                if (least_share > 0).all()
+                else np.inf
+            )
             return (
                 min(by_eps, noise * (linear + 2 * np.sum(mean[used] / np.sqrt(least_share))))
                 if fits and linear < np.inf
@@ -432,13 +518,21 @@ def bound(case, leaf, t, params, grads):
         found = max(norm, 0.0 if norm > real.tiny * 1e6 else found + decay[-1])
     else:
         found += decay[-1]
-    found *= rate[-1] if option("decay") != "independent" or not callable(case.numbers["learning_rate"]) else max(rate)
+    found *= (
+        rate[-1]
+        if option("decay") != "independent" or not callable(case.numbers["learning_rate"])
+        else max(rate)
+    )
     if option("decay") == "independent":
         found += decay[-1]
     if case.member == "rmsprop" and option("momentum") is not None:
         past = [_alone(case, leaf, i, params, grads) for i in n[:-1]]
         m = option("momentum")
-        found = found * (2 if option("nesterov") else 1) + sum(noise * x * m ** (t - i) for i, x in enumerate(past)) + smallest
+        found = (
+            found * (2 if option("nesterov") else 1)
+            + sum(noise * x * m ** (t - i) for i, x in enumerate(past))
+            + smallest
+        )
     if "cautious" in case.links:
         found *= min(1e3, max(math.prod(leaf.shape), 1))
     if is_half(leaf) and {"round_stochastically", "compensate"} & set(case.links):
@@ -449,9 +543,17 @@ def bound(case, leaf, t, params, grads):
 
 def _alone(case, leaf, t, params, grads):
     """The bound of an earlier step of RMSprop before its steps are accumulated."""
-    options = {name: value for name, value in case.options.items() if name not in ("momentum", "nesterov")}
+    options = {
+        name: value for name, value in case.options.items() if name not in ("momentum", "nesterov")
+    }
     links = tuple(name for name in case.links if name == "add_noise")
-    return bound(dataclasses.replace(case, options=options, links=links), leaf, t, params[: t + 1], grads[: t + 1])
+    return bound(
+        dataclasses.replace(case, options=options, links=links),
+        leaf,
+        t,
+        params[: t + 1],
+        grads[: t + 1],
+    )
 
 
 def is_half(leaf):

@@ -1,8 +1,9 @@
-"""Long-double transcriptions of the papers' algorithms, written from the papers and sharing nothing with the package.
+"""Long-double transcriptions of the papers' algorithms, written from the papers and sharing nothing
+with the package.
 
-Each takes the gradients g₁ … g_T (an array whose first axis is time), the initial parameters and hyperparameters, and yields
-the parameters after every step. Decays are decimals: "0.999" is 999/1000 to the last bit of a long double.
-"""
+Each takes the gradients g₁ … g_T (an array whose first axis is time), the initial parameters and
+hyperparameters, and yields the parameters after every step. Decays are decimals: "0.999" is
+999/1000 to the last bit of a long double."""
 
 import numpy as np
 
@@ -15,7 +16,10 @@ def dec(x):
 
 
 def adam(gradients, theta, alpha, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.0, rounded_state=False):
-    """Kingma & Ba (2015), Algorithm 1; Loshchilov & Hutter (2019), Algorithm 2, with the decay times alpha."""
+    """Kingma & Ba (2015), Algorithm 1;
+
+    Loshchilov & Hutter (2019), Algorithm 2, with the decay times alpha.
+    """
     alpha, beta1, beta2, eps, decay = map(dec, (alpha, beta1, beta2, eps, decay))
     theta = theta.astype(L)
     m, v = np.zeros_like(theta), np.zeros_like(theta)
@@ -53,7 +57,9 @@ def adamax(gradients, theta, alpha, beta1, beta2):
 
 
 def amsgrad(gradients, theta, alpha, beta1, beta2, eps):
-    """Reddi, Kale & Kumar (2018), Algorithm 2: no bias is corrected; ε as their experiments have it."""
+    """Reddi, Kale & Kumar (2018), Algorithm 2: no bias is corrected; ε as their experiments have
+    it.
+    """
     alpha, beta1, beta2, eps = map(dec, (alpha, beta1, beta2, eps))
     theta = theta.astype(L)
     m, v, v_hat = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta)
@@ -149,7 +155,9 @@ def adopt(gradients, theta, alpha, beta1, beta2, eps):
 
 def ademamix(gradients, theta, alpha, beta1, beta2, beta3, share, eps, decay):
     """Pagliardini et al. (2024), Algorithm 1 without its schedulers."""
-    alpha, beta1, beta2, beta3, share, eps, decay = map(dec, (alpha, beta1, beta2, beta3, share, eps, decay))
+    alpha, beta1, beta2, beta3, share, eps, decay = map(
+        dec, (alpha, beta1, beta2, beta3, share, eps, decay)
+    )
     theta = theta.astype(L)
     m1, m2, v = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta)
     for t, g in enumerate(gradients.astype(L), 1):
@@ -166,7 +174,10 @@ def adam_mini(gradients, theta, alpha, beta1, beta2, eps, axes):
     theta = theta.astype(L)
     m, v = np.zeros_like(theta), L(0)
     for t, g in enumerate(gradients.astype(L), 1):
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * np.mean(g**2, axes, keepdims=True)
+        m, v = (
+            beta1 * m + (1 - beta1) * g,
+            beta2 * v + (1 - beta2) * np.mean(g**2, axes, keepdims=True),
+        )
         theta = theta - alpha * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
         yield theta
 
@@ -218,11 +229,15 @@ def stable_adamw(gradients, theta, alpha, beta1, beta2, eps):
 
 
 def cautious_adamw(gradients, theta, alpha, beta1, beta2, eps, decay):
-    """Liang et al. (2024), Algorithm 1, with the factor of their later code: 1/max(mean(mask), 1e-3)."""
+    """Liang et al. (2024), Algorithm 1, with the factor of their later code: 1/max(mean(mask),
+    1e-3).
+    """
     alpha, decay = dec(alpha), dec(decay)
     theta = theta.astype(L)
     before = np.zeros_like(theta)
-    for g, after in zip(gradients.astype(L), adam(gradients, before, 1, beta1, beta2, eps), strict=True):
+    for g, after in zip(
+        gradients.astype(L), adam(gradients, before, 1, beta1, beta2, eps), strict=True
+    ):
         u = before - after
         before = after
         mask = (u * g > 0).astype(L)

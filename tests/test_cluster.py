@@ -15,22 +15,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from adam_jax.demo import digits
+from adam_jax._cli.data import digits
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parent.parent / "docs" / "scripts"
 TRAIN = str(SCRIPTS / "train.py")
 STEPS, EVERY = 24, 6
-STUCK = 30  # seconds without a step after which the script gives up, for a JAX that waits longer for heartbeats
+# Seconds without a step after which the script gives up, for a JAX that waits longer for heartbeats
+STUCK = 30
 LIMIT = 60  # seconds in which survivors have to end, on a busy machine
 REASON = r"another task died|stopped sending heartbeats|Connection closed by peer|Timeout \("
-"""What survivors say: JAX of a process that is gone, gloo of a connection, the script of a step that does not end."""
+"""What survivors say:
+
+JAX of a process that is gone, gloo of a connection, the script of a step that does not end.
+"""
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory for all runs, with what makes them start sooner: the data without scikit-learn, and what is compiled once."""
+    """A directory for all runs, with what makes them start sooner: the data without scikit-learn,
+    and what is compiled once.
+    """
     directory = tmp_path_factory.mktemp("cluster")
     np.savez(directory / "data.npz", **digits()._asdict())
     with pytest.MonkeyPatch.context() as patch:
@@ -49,12 +55,30 @@ def cluster():
 
 def flags(directory):
     data = str(directory.parent / "data.npz")
-    return ["--directory", str(directory), "--data", data, "--steps", str(STEPS), "--every", str(EVERY), "--limit", str(STUCK)]
+    return [
+        "--directory",
+        str(directory),
+        "--data",
+        data,
+        "--steps",
+        str(STEPS),
+        "--every",
+        str(EVERY),
+        "--limit",
+        str(STUCK),
+    ]
 
 
 def command(processes, directory):
     """The documented one."""
-    launcher = [sys.executable, str(SCRIPTS / "cluster.py"), "--processes", str(processes), "--devices", "2"]
+    launcher = [
+        sys.executable,
+        str(SCRIPTS / "cluster.py"),
+        "--processes",
+        str(processes),
+        "--devices",
+        "2",
+    ]
     return [*launcher, "--", TRAIN, "--cluster", *flags(directory)]
 
 
@@ -94,8 +118,12 @@ def parameters(directory):
     """The final parameters, whatever the devices that had them."""
     reader, path = ocp.PyTreeCheckpointer(), directory / str(STEPS) / "arrays"
     described = reader.metadata(path)
-    tree = getattr(described, "item_metadata", described).tree  # older versions of Orbax describe nothing else
-    arrays = reader.restore(path, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
+    tree = getattr(
+        described, "item_metadata", described
+    ).tree  # older versions of Orbax describe nothing else
+    arrays = reader.restore(
+        path, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    )
     return jax.tree.leaves(arrays[0][0])
 
 
@@ -119,10 +147,13 @@ def test_a_cluster_trains_as_one_process_does(shared, alone, two, four, processe
     said = {2: two, 4: four}[processes]
     assert f"{2 * processes} devices of {processes} processes, from step 0" in said
     assert list(losses(said)) == list(losses(alone)) == list(range(EVERY, STEPS + 1, EVERY))
-    # The mean over the batch is summed in another order: some ulps of float32, 1.2e-7, in the loss and in every gradient. Adam
-    # divides by √ν, so each passes on as that part of a step, a thousandth.
+    # The mean over the batch is summed in another order: some ulps of float32, 1.2e-7, in the loss
+    # and in every gradient. Adam divides by √ν, so each passes on as that part of a step, a
+    # thousandth.
     np.testing.assert_allclose(list(losses(said).values()), list(losses(alone).values()), rtol=2e-6)
-    for found, expected in zip(parameters(shared / str(processes)), parameters(shared / "1"), strict=True):
+    for found, expected in zip(
+        parameters(shared / str(processes)), parameters(shared / "1"), strict=True
+    ):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert len(digests(said)) == processes
     assert len(set(digests(said))) == 1
@@ -151,7 +182,9 @@ def test_survivors_end_by_themselves_and_a_restart_goes_on(shared, cluster, four
     assert newest in (EVERY, 2 * EVERY)
     said = run(command(4, directory))
     assert resumed(said) == newest
-    assert set(digests(said)) == set(digests(four))  # gloo sums in an order that is the same every time
+    assert set(digests(said)) == set(
+        digests(four)
+    )  # gloo sums in an order that is the same every time
 
 
 def test_the_launcher_says_who_died_and_a_damaged_part_of_a_checkpoint_is_passed_over(shared, two):
@@ -168,7 +201,9 @@ def test_the_launcher_says_who_died_and_a_damaged_part_of_a_checkpoint_is_passed
 
     *_, before, newest = steps(directory)
     parts = (directory / str(newest) / "arrays" / "ocdbt.process_1" / "d").iterdir()
-    os.truncate(max(parts, key=lambda path: path.stat().st_size), 8)  # process 0 can read its own part well
+    os.truncate(
+        max(parts, key=lambda path: path.stat().st_size), 8
+    )  # process 0 can read its own part well
     said = run(command(2, directory))
     assert f"checkpoint of step {newest} is damaged" in said
     assert resumed(said) == before

@@ -1,8 +1,8 @@
-"""`convert_state`: what two configurations share goes on, the rest starts afresh or is dropped, and the report says which.
+"""`convert_state`: what two configurations share goes on, the rest starts afresh or is dropped, and
+the report says which.
 
-The oracles are a table of what each member's moments mean, written here by hand, and the new member run from the start on the
-same gradients, which do not depend on the parameters.
-"""
+The oracles are a table of what each member's moments mean, written here by hand, and the new member
+run from the start on the same gradients, which do not depend on the parameters."""
 
 import functools
 import itertools
@@ -18,13 +18,15 @@ from helpers import avals, draw_tree, refused, same
 
 import adam_jax as aj
 from adam_jax import storage
-from adam_jax._transformation import wrapper
+from adam_jax._core.decorators import wrapper
+from adam_jax.storage.stored_leaf import unpack_moment
 
 ROUNDS = (aj.round_stochastically, aj.compensate)
 MEMBERS = aj.family.__all__
 SHAPES = {"b": (3,), "w": (64, 80)}
 
-# What moments are, by hand. Everything else has the mean of gradients and the mean of their squares.
+# What moments are, by hand. Everything else has the mean of gradients and the mean of their
+# squares.
 MU = {"momentum": "sum", "adopt": "of scaled gradients", "rmsprop": None}
 NU = {"momentum": None, "adamax": "maximum", "adamaxw": "maximum", "adabelief": "belief"}
 
@@ -33,16 +35,27 @@ tree = functools.partial(draw_tree, shapes=SHAPES)
 PARAMS = tree(0)
 
 FORMS = {"float32": "float32", "bfloat16": "bfloat16", "8bit": "8bit"}
-STORED = {name: (aj.ademamix(0.1, storage=form), aj.amsgrad(0.1, storage=form)) for name, form in FORMS.items()}
+STORED = {
+    name: (aj.ademamix(0.1, storage=form), aj.amsgrad(0.1, storage=form))
+    for name, form in FORMS.items()
+}
 # All of these have adam's moments.
 LIKE_ADAM = {
-    name: getattr(aj, name)(0.1) for name in ("adam", "adamw", "nadam", "nadamw", "radam", "lamb", "adam_mini", "adam_atan2")
+    name: getattr(aj, name)(0.1)
+    for name in ("adam", "adamw", "nadam", "nadamw", "radam", "lamb", "adam_mini", "adam_atan2")
 }
 SHORT = aj.adam(0.1, b2=0.9)
 LIKE_ADAM["nadam_radam"] = aj.radam(0.1, b2=0.9, nesterov=True)
 
 OFTEN = tuple(
-    dict.fromkeys([*(getattr(aj, name)(0.1) for name in MEMBERS), *LIKE_ADAM.values(), SHORT, *sum(STORED.values(), ())])
+    dict.fromkeys(
+        [
+            *(getattr(aj, name)(0.1) for name in MEMBERS),
+            *LIKE_ADAM.values(),
+            SHORT,
+            *sum(STORED.values(), ()),
+        ]
+    )
 )
 """What more than one test steps, in one program."""
 
@@ -61,8 +74,12 @@ def course(steps):
 
 
 def go_on(states, seed):
-    """A step of some of these, each from a state of its own: the updates and the state by transformation."""
-    made = step_all([states.get(tx, state) for tx, state in zip(OFTEN, course(0), strict=True)], tree(seed))
+    """A step of some of these, each from a state of its own: the updates and the state by
+    transformation.
+    """
+    made = step_all(
+        [states.get(tx, state) for tx, state in zip(OFTEN, course(0), strict=True)], tree(seed)
+    )
     return {tx: its for tx, its in zip(OFTEN, made, strict=True) if tx in states}
 
 
@@ -76,14 +93,20 @@ def run(tx, state, steps, params=PARAMS):
     updates = []
     often = tx in OFTEN and params is PARAMS and avals(state) == avals(course(0)[OFTEN.index(tx)])
     for seed in steps:
-        update, state = go_on({tx: state}, seed)[tx] if often else jitted(tx)(tree(seed), state, params)
+        update, state = (
+            go_on({tx: state}, seed)[tx] if often else jitted(tx)(tree(seed), state, params)
+        )
         updates.append(update)
     return updates, state
 
 
 @functools.cache
 def after(tx, steps=5):
-    return course(steps)[OFTEN.index(tx)] if tx in OFTEN else run(tx, tx.init(PARAMS), range(1, steps + 1))[1]
+    return (
+        course(steps)[OFTEN.index(tx)]
+        if tx in OFTEN
+        else run(tx, tx.init(PARAMS), range(1, steps + 1))[1]
+    )
 
 
 def tracked(state, field):
@@ -110,7 +133,11 @@ def test_every_member_becomes_every_other(member):
         new = getattr(aj, name)(0.1)
         found = aj.convert_state(state, old, new, PARAMS)
         assert avals(found.state) == avals(new.init(PARAMS)), name
-        counts = [getattr(s, f) for s in found.state for f in {"count", "step"} & set(getattr(s, "_fields", ()))]
+        counts = [
+            getattr(s, f)
+            for s in found.state
+            for f in {"count", "step"} & set(getattr(s, "_fields", ()))
+        ]
         assert {int(count) for count in counts if count is not None} == {5}
         for field, meanings in [("mu", MU), ("nu", NU)]:
             theirs, ours = meanings.get(member.__name__, "mean"), meanings.get(name, "mean")
@@ -122,13 +149,17 @@ def test_every_member_becomes_every_other(member):
                 if not blocks and not (field == "nu" and name == "adopt" != member.__name__):
                     same(getattr(now, field), getattr(before, field))
                     if now.weights is not None and before.weights is not None:
-                        same(now.weights[:, column(now, field)], before.weights[:, column(before, field)])
+                        same(
+                            now.weights[:, column(now, field)],
+                            before.weights[:, column(before, field)],
+                        )
             elif ours is not None:
                 assert [e.place for e in found.fresh if e.place.endswith(f".{field}")]
             if theirs is not None and theirs != ours:
                 assert [e.place for e in found.dropped if e.place.endswith(f".{field}")]
         converted[new] = found.state
-    # 1/√(1 − b2), and 1.47 of it in nadam: a fresh μ over adopt's ν, which after five steps is little but the first gradient.
+    # 1/√(1 − b2), and 1.47 of it in nadam: a fresh μ over adopt's ν, which after five steps is
+    # little but the first gradient.
     for new, (updates, _) in go_on(converted, 6).items():
         assert all(float(np.max(np.abs(u))) < 0.1 * 47 for u in jax.tree.leaves(updates)), new
 
@@ -136,13 +167,16 @@ def test_every_member_becomes_every_other(member):
 @pytest.mark.parametrize("form", ["float32", "8bit"])
 def test_to_itself_is_the_same_state(member, form):
     wide, tx = member(0.1), member(0.1, storage=form)
-    state = after(wide) if form == "float32" else aj.convert_state(after(wide), wide, tx, PARAMS).state
+    state = (
+        after(wide) if form == "float32" else aj.convert_state(after(wide), wide, tx, PARAMS).state
+    )
     found = aj.convert_state(state, tx, member(0.1, storage=form), PARAMS)
     same(found.state, state)
     assert found.fresh == found.dropped == ()
 
 
-# The gradients do not depend on the parameters: a run of adam that becomes one of the others is as one of them from the start.
+# The gradients do not depend on the parameters: a run of adam that becomes one of the others is as
+# one of them from the start.
 @pytest.mark.parametrize("steps", [1, 5, 60])
 @pytest.mark.parametrize("name", LIKE_ADAM)
 def test_goes_on_as_if_it_had_been_so_from_the_start(name, steps):
@@ -150,8 +184,13 @@ def test_goes_on_as_if_it_had_been_so_from_the_start(name, steps):
     old = SHORT if name == "nadam_radam" else LIKE_ADAM["adam"]
     ours, theirs = aj.convert_state(after(old, steps), old, new, PARAMS).state, after(new, steps)
     for seed in range(steps + 1, steps + 4):
-        (found, ours), (expected, theirs) = go_on({new: ours}, seed)[new], go_on({new: theirs}, seed)[new]
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5 if "radam" in name else 2e-6, atol=1e-9)
+        (found, ours), (expected, theirs) = (
+            go_on({new: ours}, seed)[new],
+            go_on({new: theirs}, seed)[new],
+        )
+        close = functools.partial(
+            np.testing.assert_allclose, rtol=1e-5 if "radam" in name else 2e-6, atol=1e-9
+        )
         jax.tree.map(close, found, expected)
 
 
@@ -176,7 +215,11 @@ def test_the_maximum_of_raw_moments_is_another_than_that_of_corrected_ones():
     assert (places(found.fresh), places(found.dropped)) == (["[1].nu_max"], ["[2].nu_max"])
     plain = functools.partial(aj.amsgrad, 0.1, bias_correction_nu=False)
     old, new = plain(), plain(maximum="raw")
-    assert places(aj.convert_state(after(old), old, new, PARAMS).kept) == ["[0].mu", "[0].nu", "[1].nu_max"]
+    assert places(aj.convert_state(after(old), old, new, PARAMS).kept) == [
+        "[0].mu",
+        "[0].nu",
+        "[1].nu_max",
+    ]
 
 
 @functools.cache
@@ -186,9 +229,12 @@ def ages():
     @jax.jit
     def run():
         params = jnp.ones(2)
-        step = lambda tx: lambda state, _: (tx.update(params, state, params)[1],) * 2  # noqa: E731
+        step = lambda tx: lambda state, _: (tx.update(params, state, params)[1],) * 2
         txs = {b2: (aj.adam(0.1, b2=b2), aj.radam(0.1, b2=b2)) for b2 in (0.9, 0.999)}
-        return {b2: [jax.lax.scan(step(tx), tx.init(params), length=3000)[1] for tx in pair] for b2, pair in txs.items()}
+        return {
+            b2: [jax.lax.scan(step(tx), tx.init(params), length=3000)[1] for tx in pair]
+            for b2, pair in txs.items()
+        }
 
     return run()
 
@@ -226,16 +272,23 @@ def test_a_fresh_nu_beside_a_kept_mu_bounds_the_step():
 def test_blocks_share_their_mean_and_are_spread():
     old, new = aj.adam(0.1), aj.adam_mini(0.1)
     there = aj.convert_state(after(old), old, new, PARAMS)
-    np.testing.assert_allclose(there.state[0].nu["w"], np.mean(after(old)[0].nu["w"], 0, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        there.state[0].nu["w"], np.mean(after(old)[0].nu["w"], 0, keepdims=True), rtol=1e-6
+    )
     back = aj.convert_state(there.state, new, old, PARAMS)
-    np.testing.assert_array_equal(back.state[0].nu["w"], np.broadcast_to(there.state[0].nu["w"], (64, 80)))
+    np.testing.assert_array_equal(
+        back.state[0].nu["w"], np.broadcast_to(there.state[0].nu["w"], (64, 80))
+    )
     assert "the mean over each block" in str(there)
     assert "spread over its block" in str(back)
 
 
 def test_schedules_go_on():
     rate = optax.linear_schedule(1.0, 0.0, 10)
-    old, new = aj.adam(rate), aj.adamw(rate, weight_decay=lambda count: jnp.where(count == 5, 0.5, 0.0))
+    old, new = (
+        aj.adam(rate),
+        aj.adamw(rate, weight_decay=lambda count: jnp.where(count == 5, 0.5, 0.0)),
+    )
     found = aj.convert_state(after(old), old, new, PARAMS)
     _, state = run(new, found.state, [6])
     assert aj.hyperparameters(state, new)["weight_decay"] == 0.5
@@ -254,7 +307,10 @@ def converted_in_jit():
     @jax.jit
     def convert(states):
         made = {(old, new): (STORED[old][0], STORED[new][1]) for old in FORMS for new in FORMS}
-        return {(old, new): aj.convert_state(states[old], *pair, PARAMS).state for (old, new), pair in made.items()}
+        return {
+            (old, new): aj.convert_state(states[old], *pair, PARAMS).state
+            for (old, new), pair in made.items()
+        }
 
     return convert({old: after(STORED[old][0]) for old in FORMS})
 
@@ -268,10 +324,13 @@ def test_storages_become_one_another_within_their_precision(old, new, jit):
     found = converted_in_jit()[old, new] if jit else aj.convert_state(state, *txs, PARAMS).state
     assert avals(found) == avals(txs[1].init(PARAMS))
     for field in ("mu", "nu"):
-        before, now = (storage.take_out(field, getattr(s[0], field), s[0].scales) for s in (state, found))
+        before, now = (
+            unpack_moment(field, getattr(s[0], field), s[0].scales) for s in (state, found)
+        )
         for x, y in zip(before, now, strict=True):
             x, y = np.asarray(x.widen()), np.asarray(y.widen())  # noqa: PLW2901
-            # The smallest code of 8 bits is 2⁻¹⁵ of the power of two above the leaf's largest. Half of it is lost.
+            # The smallest code of 8 bits is 2⁻¹⁵ of the power of two above the leaf's largest. Half
+            # of it is lost.
             coarse = 2.0**-16 * 2 ** np.ceil(np.log2(np.abs(x).max())) * (new == "8bit")
             np.testing.assert_allclose(y, x, rtol=PRECISIONS[new] + 1e-7, atol=coarse)
             assert field == "mu" or np.all((y > 0) == (x > 0))
@@ -286,7 +345,7 @@ def test_a_leaf_of_zeros_or_of_extremes_in_codes():
         grads = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), PARAMS)
         state = old.update(grads, old.init(PARAMS), PARAMS)[1]
         mu = aj.convert_state(state, old, new, PARAMS).state[0]
-        (_, code) = storage.take_out("mu", mu.mu, mu.scales)
+        (_, code) = unpack_moment("mu", mu.mu, mu.scales)
         np.testing.assert_allclose(code.widen(), jnp.nan_to_num(0.1 * value), rtol=1 / 15)
 
 
@@ -296,7 +355,9 @@ AXES = (-1, -2, None)
 def test_codes_whose_scales_are_shared_otherwise_become_one_another():
     params = {"w": jnp.zeros((130, 140))}
     scales = {-1: (130, 1), -2: (1, 140), None: (1, 1)}
-    txs = {axis: aj.adam(0.1, storage=storage.Codes(axis=axis, rounding="nearest")) for axis in AXES}
+    txs = {
+        axis: aj.adam(0.1, storage=storage.Codes(axis=axis, rounding="nearest")) for axis in AXES
+    }
     grads, notes = draw_tree(1, {"w": (130, 140)}), {}
 
     @jax.jit
@@ -313,14 +374,21 @@ def test_codes_whose_scales_are_shared_otherwise_become_one_another():
     for old, new in itertools.product(AXES, AXES):
         before, after, (updates, _) = made[f"{old} {new}"]
         for field in ("mu", "nu"):
-            ((x,), (y,)) = (storage.take_out(field, getattr(s[0], field), s[0].scales) for s in (before, after))
+            ((x,), (y,)) = (
+                unpack_moment(field, getattr(s[0], field), s[0].scales) for s in (before, after)
+            )
             assert y.scale.shape == scales[new]
             largest = np.abs(x.widen()).max()
             np.testing.assert_allclose(
-                y.widen(), x.widen(), rtol=1 / 16 if old != new else 0, atol=2.0**-15 * largest * (old != new)
+                y.widen(),
+                x.widen(),
+                rtol=1 / 16 if old != new else 0,
+                atol=2.0**-15 * largest * (old != new),
             )
         np.testing.assert_allclose(np.abs(updates["w"]).max(), 0.1, rtol=0.2)
-        assert notes[old, new] == 2 * [f"scales of shape {scales[old]} → {scales[new]}" if old != new else ""]
+        assert notes[old, new] == 2 * [
+            f"scales of shape {scales[old]} → {scales[new]}" if old != new else ""
+        ]
 
 
 # Links, wrappers, chains
@@ -328,7 +396,7 @@ def test_codes_whose_scales_are_shared_otherwise_become_one_another():
 
 def test_links_come_and_go():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    plain, average = aj.adam(0.1), aj.average_parameters(lambda count: 0.9)
+    plain, average = aj.adam(0.1), aj.stages.average_parameters(lambda count: 0.9)
     for link in (make() for make in ROUNDS):
         linked = aj.chain(plain, link, average)
         _, state = run(linked, linked.init(half), range(1, 6), half)
@@ -341,7 +409,9 @@ def test_links_come_and_go():
         assert places(found.kept) == ["[0][0].mu", "[0][0].nu"]
         assert all("from [0]" in entry.note for entry in found.kept)
         assert int(found.state[2].step) == 5
-        again = aj.convert_state(state, linked, aj.chain(*aj.adamw(0.1).stages, link, average), half)
+        again = aj.convert_state(
+            state, linked, aj.chain(*aj.adamw(0.1).stages, link, average), half
+        )
         same(again.state[-2:], state[-2:])  # lost bits and averages stay, however chains nest
 
 
@@ -390,7 +460,7 @@ def test_wrappers_of_ours_are_looked_through():
 @pytest.mark.parametrize("guarded", [aj.skip_nonfinite, aj.skip_spikes])
 def test_a_run_is_guarded_and_unguarded(guarded):
     """The learning rate inside of a guard is not before what else is inside."""
-    old, new = aj.adam(0.1), aj.chain(guarded(aj.adam(0.1)), aj.average_parameters(0.9))
+    old, new = aj.adam(0.1), aj.chain(guarded(aj.adam(0.1)), aj.stages.average_parameters(0.9))
     there = aj.convert_state(after(old), old, new, PARAMS)
     assert avals(there.state) == avals(new.init(PARAMS))
     same(there.state[0].inner_state, after(old))
@@ -400,7 +470,9 @@ def test_a_run_is_guarded_and_unguarded(guarded):
 
 
 def test_a_ring_of_norms_is_carried_whole_or_not_at_all():
-    """So many norms are known, of this ring: with another ring of zeros every healthy step would be a spike."""
+    """So many norms are known, of this ring: with another ring of zeros every healthy step would be
+    a spike.
+    """
     old = aj.skip_spikes(aj.adam(0.1))
     _, state = run(old, old.init(PARAMS), range(40))
     new = aj.skip_spikes(aj.adam(0.1), window=64)
@@ -412,19 +484,23 @@ def test_a_ring_of_norms_is_carried_whole_or_not_at_all():
 
 
 def test_random_bits_are_no_schedule():
-    """After a schedule was reset, what is new goes on at the step of the schedules, not of the roundings."""
+    """After a schedule was reset, what is new goes on at the step of the schedules, not of the
+    roundings.
+    """
     rate = optax.linear_schedule(1.0, 0.0, 10)
     old = aj.chain(aj.adam(rate), aj.round_stochastically())
     _, state = run(old, old.init(PARAMS), range(5))
     new = aj.adamw(rate, weight_decay=rate)
-    converted = aj.convert_state(aj.reset(state, old, moments=False, schedule=True), old, new, PARAMS).state
+    converted = aj.convert_state(
+        aj.reset(state, old, moments=False, schedule=True), old, new, PARAMS
+    ).state
     assert {int(its.step) for its in converted if hasattr(its, "step")} == {0}
 
 
 def test_transformations_of_others():
     trace = optax.trace(0.9)
     clip = optax.clip_by_global_norm(1.0)
-    old, new = aj.chain(clip, trace, aj.adam(0.1)), aj.chain(aj.adamw(0.1), aj.cautious())
+    old, new = aj.chain(clip, trace, aj.adam(0.1)), aj.chain(aj.adamw(0.1), aj.stages.cautious())
     state = after(old)
     found = aj.convert_state(state, old, new, PARAMS)
     assert places(found.dropped) == ["[1]"]
@@ -442,8 +518,17 @@ def test_moments_inside_a_transformation_of_others(standard_promotion):
     same(aj.convert_state(state, old, old, PARAMS).state, state)
     outer = aj.chain(aj.add_decayed_weights(0.1), old)
     assert places(aj.convert_state(state, old, outer, PARAMS).kept) == ["[1]"]
-    for pair in [(old, new), (aj.adam(0.1), new), (old, aj.adam(0.1)), (old, optax.chain(aj.adam(0.1)))]:
-        with refused(ValueError, "moments inside", "state._replace(inner_state=convert_state(state.inner_state"):
+    for pair in [
+        (old, new),
+        (aj.adam(0.1), new),
+        (old, aj.adam(0.1)),
+        (old, optax.chain(aj.adam(0.1))),
+    ]:
+        with refused(
+            ValueError,
+            "moments inside",
+            "state._replace(inner_state=convert_state(state.inner_state",
+        ):
             aj.convert_state(after(pair[0]), *pair, PARAMS)
     inside = {"b": PARAMS["b"], "w": optax.MaskedNode()}
     converted = aj.convert_state(state.inner_state, aj.adam(0.1), aj.nadam(0.1), inside).state
@@ -470,22 +555,49 @@ def test_leaves_of_all_kinds(x64):
     narrow = storage.Codes(smallest=0)
     old = aj.adam(0.1)
     state = jax.jit(lambda: old.update(grads, old.init(params), params)[1])()
-    others = (aj.nadam(0.1, storage=narrow), aj.adabelief(0.1, storage=narrow), aj.adam_mini(0.1), aj.adopt(0.1))
-    convert = lambda state, new: aj.convert_state(state, old, new, params).state  # noqa: E731
+    others = (
+        aj.nadam(0.1, storage=narrow),
+        aj.adabelief(0.1, storage=narrow),
+        aj.adam_mini(0.1),
+        aj.adopt(0.1),
+    )
+    convert = lambda state, new: aj.convert_state(state, old, new, params).state
     # Codes in one program, which otherwise are one for each operation and leaf.
-    found = [*jax.jit(lambda: [convert(state, new) for new in others[:2]])(), *(convert(state, new) for new in others[2:])]
+    found = [
+        *jax.jit(lambda: [convert(state, new) for new in others[:2]])(),
+        *(convert(state, new) for new in others[2:]),
+    ]
     for new, its in zip(others, found, strict=True):
-        assert avals(its) == jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(new.init, params))
-    step = jax.jit(lambda states: [new.update(grads, its, params)[0] for new, its in zip(others, states, strict=True)])
+        assert avals(its) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(new.init, params)
+        )
+    step = jax.jit(
+        lambda states: [
+            new.update(grads, its, params)[0] for new, its in zip(others, states, strict=True)
+        ]
+    )
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(step(found)))
 
 
 def test_weights_of_each_leaf_are_carried_along():
     old = aj.adam(0.1)
     state = aj.reset(after(old), old, match=r"\['b'\]")
-    txs = (aj.nadam(0.1), aj.radam(0.1, nesterov=True), aj.amsgrad(0.1, storage="8bit"), aj.adopt(0.1), aj.adabelief(0.1))
-    part, whole = ([aj.convert_state(its, old, new, PARAMS).state for new in txs] for its in (state, after(old)))
-    step = jax.jit(lambda states: [new.update(tree(6), its, PARAMS) for new, its in zip(txs, states, strict=True)])
+    txs = (
+        aj.nadam(0.1),
+        aj.radam(0.1, nesterov=True),
+        aj.amsgrad(0.1, storage="8bit"),
+        aj.adopt(0.1),
+        aj.adabelief(0.1),
+    )
+    part, whole = (
+        [aj.convert_state(its, old, new, PARAMS).state for new in txs]
+        for its in (state, after(old))
+    )
+    step = jax.jit(
+        lambda states: [
+            new.update(tree(6), its, PARAMS) for new, its in zip(txs, states, strict=True)
+        ]
+    )
     for found, (ours, later), (theirs, _) in zip(part, step(part), step(whole), strict=True):
         assert avals(later) == avals(found)
         np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-5)
@@ -499,7 +611,13 @@ def test_what_cannot_be_is_an_error():
         aj.convert_state(state, aj.adam, old, PARAMS)
     with refused(TypeError, "to_tx"):
         aj.convert_state(state, old, 0.1, PARAMS)
-    with refused(ValueError, "[0].mu['w']", "float32[64, 80]", "float32[32, 80]", "Pass a state that from_tx made"):
+    with refused(
+        ValueError,
+        "[0].mu['w']",
+        "float32[64, 80]",
+        "float32[32, 80]",
+        "Pass a state that from_tx made",
+    ):
         aj.convert_state(state, old, old, small)
     with refused(ValueError, "[0].mu['w']", "float32[64, 80]", "bfloat16[64, 80]"):
         aj.convert_state(state, aj.adam(0.1, storage="bfloat16"), old, PARAMS)
@@ -520,12 +638,17 @@ def test_a_run_of_others_is_no_run_of_ours():
 def test_an_nnx_optimizer_goes_on_with_another():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     gradient = nnx.grad(lambda model: (model(jnp.ones((1, 2))) ** 2).sum())
-    old, new = nnx.Optimizer(model, aj.adam(0.1), wrt=nnx.Param), nnx.Optimizer(model, aj.amsgrad(0.1), wrt=nnx.Param)
+    old, new = (
+        nnx.Optimizer(model, aj.adam(0.1), wrt=nnx.Param),
+        nnx.Optimizer(model, aj.amsgrad(0.1), wrt=nnx.Param),
+    )
     old.update(model, gradient(model))
     found = aj.convert_state(old.opt_state, old.tx, new.tx, nnx.state(model, nnx.Param))
     assert [entry.place for entry in found.fresh] == ["[2].nu_max"]
     nnx.update(new.opt_state, nnx.state(found.state))
-    np.testing.assert_array_equal(new.opt_state[0].mu["kernel"][...], old.opt_state[0].mu["kernel"][...])
+    np.testing.assert_array_equal(
+        new.opt_state[0].mu["kernel"][...], old.opt_state[0].mu["kernel"][...]
+    )
     new.update(model, gradient(model))
     assert int(new.opt_state[0].count[...]) == 2
 
@@ -533,6 +656,10 @@ def test_an_nnx_optimizer_goes_on_with_another():
 def test_the_report_is_a_table():
     old, new = aj.adam(0.1), aj.adamax(0.1, storage="8bit")
     rows = str(aj.convert_state(after(old), old, new, PARAMS)).splitlines()
-    assert [row.split()[:2] for row in rows] == [["kept", "[0].mu"], ["fresh", "[0].nu"], ["dropped", "[0].nu"]]
+    assert [row.split()[:2] for row in rows] == [
+        ["kept", "[0].mu"],
+        ["fresh", "[0].nu"],
+        ["dropped", "[0].nu"],
+    ]
     assert rows[0].endswith("float32 → int8")
     assert "the mean of squared gradients" in rows[2]

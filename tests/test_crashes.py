@@ -1,4 +1,6 @@
-"""A run that is killed again and again ends with the same bits, and a damaged checkpoint is never taken for a good one."""
+"""A run that is killed again and again ends with the same bits, and a damaged checkpoint is never
+taken for a good one.
+"""
 
 import contextlib
 import gc
@@ -18,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from adam_jax.demo import digits
+from adam_jax._cli.data import digits
 
 TRAIN = Path(__file__).parent.parent / "docs" / "scripts" / "train.py"
 EVERY, KILLS = 3, 5
@@ -26,12 +28,18 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"
 CASES = {
     "float32": [],
     "8-bit moments": ["--storage", "8bit"],
-    "8-bit moments, bfloat16 parameters rounded stochastically": ["--storage", "8bit", "--rounding", "stochastic"],
+    "8-bit moments, bfloat16 parameters rounded stochastically": [
+        "--storage",
+        "8bit",
+        "--rounding",
+        "stochastic",
+    ],
     "bfloat16 parameters, compensated": ["--rounding", "compensate"],
 }
 
 
-# A read that fails leaves others behind that Orbax began beside it: they end here, and not in the test of another file.
+# A read that fails leaves others behind that Orbax began beside it: they end here, and not in the
+# test of another file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -53,7 +61,9 @@ SETTINGS = {"storage": "float32", "batch": 64}
 
 
 def tree(step):
-    """Arrays of the dtypes of a state, other ones at each step, one of them large enough for a file of its own."""
+    """Arrays of the dtypes of a state, other ones at each step, one of them large enough for a file
+    of its own.
+    """
     draw = np.random.default_rng(step)
     wide = draw.standard_normal((40, 200)).astype(np.float32)
     codes = draw.integers(0, 256, (64, 32)).astype(np.uint8)
@@ -69,7 +79,9 @@ def save(script, directory, steps=(1, 2)):
     with ocp.CheckpointManager(directory) as manager:
         for step in steps:
             arrays = tree(step), script.checksums(tree(step))
-            args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), settings=ocp.args.JsonSave(SETTINGS))
+            args = ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays), settings=ocp.args.JsonSave(SETTINGS)
+            )
             manager.save(step, args=args)
 
 
@@ -80,7 +92,8 @@ def resume(script, directory, settings=SETTINGS, like=None):
 
 def same(found, expected):
     return all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)
     )
 
 
@@ -99,15 +112,23 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_costs_a_checkpoint_at_most(script, tmp_path, damage, capsys):
-    """Every file of the newest in turn: what comes back is the newest, or the one before, in every bit; or an error."""
+    """Every file of the newest in turn: what comes back is the newest, or the one before, in every
+    bit; or an error.
+    """
     save(script, tmp_path / "whole")
     draw, found = random.Random(damage), []
-    for number, path in enumerate(sorted(path for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file())):
+    for number, path in enumerate(
+        sorted(path for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file())
+    ):
         for again in range(3 if damage == "a flipped bit" else 1):
             copy = tmp_path / f"{number} {again}"
             shutil.copytree(tmp_path / "whole", copy)
             DAMAGES[damage](copy / path.relative_to(tmp_path / "whole"), draw)
-            refused = contextlib.suppress(ValueError) if path.parent.name == "settings" else contextlib.nullcontext()
+            refused = (
+                contextlib.suppress(ValueError)
+                if path.parent.name == "settings"
+                else contextlib.nullcontext()
+            )
             step = None
             with refused:  # of JSON in which one letter is another
                 step, arrays = resume(script, copy)
@@ -122,12 +143,17 @@ def test_a_damaged_file_costs_a_checkpoint_at_most(script, tmp_path, damage, cap
 
 
 def test_of_a_flipped_bit_among_numbers_orbax_says_nothing(script, tmp_path):
-    """Why the script has sums of its own. If this fails, Orbax has some, and the script can do without."""
+    """Why the script has sums of its own.
+
+    If this fails, Orbax has some, and the script can do without.
+    """
     save(script, tmp_path)
     parts = (tmp_path / "2" / "arrays" / "ocdbt.process_0" / "d").iterdir()
     flip(max(parts, key=lambda path: path.stat().st_size), random.Random(0))
     with ocp.CheckpointManager(tmp_path) as manager:
-        wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore((tree(0), script.checksums(tree(0)))))
+        wanted = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore((tree(0), script.checksums(tree(0))))
+        )
         arrays, _ = manager.restore(2, args=wanted).arrays
     assert not same(arrays, tree(2))
     assert resume(script, tmp_path)[0] == 1
@@ -142,7 +168,9 @@ def test_if_all_are_damaged_it_says_so_and_deletes_none(script, tmp_path, capsys
     save(script, tmp_path)
     for step in "12":
         (tmp_path / step / "arrays" / "manifest.ocdbt").unlink()
-    with pytest.raises(ValueError, match=r"all checkpoints are damaged: steps \[2, 1\]. Delete it to start anew."):
+    with pytest.raises(
+        ValueError, match=r"all checkpoints are damaged: steps \[2, 1\]. Delete it to start anew."
+    ):
         resume(script, tmp_path)
     assert (tmp_path / "1").exists()
     assert (tmp_path / "2").exists()
@@ -150,7 +178,9 @@ def test_if_all_are_damaged_it_says_so_and_deletes_none(script, tmp_path, capsys
 
 def test_other_settings_are_refused_before_anything_is_deleted(script, tmp_path):
     save(script, tmp_path)
-    with pytest.raises(ValueError, match=r"found a checkpoint of .*'batch': 64.*; expected .*'batch': 32"):
+    with pytest.raises(
+        ValueError, match=r"found a checkpoint of .*'batch': 64.*; expected .*'batch': 32"
+    ):
         resume(script, tmp_path, {**SETTINGS, "batch": 32}, like={"others": jnp.zeros(3)})
     assert (tmp_path / "2").exists()
 
@@ -200,13 +230,17 @@ def data(tmp_path_factory):
 
 def finish(command, environment):
     """The digest at the end, and everything that was said."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return re.search(r"^digest (\w{64})$", done.stdout, re.MULTILINE)[1], done.stdout
 
 
 def kill(command, environment, directory, draw):
-    """Starts a run and kills it after its first checkpoint, at any moment or inside a save; whether it was inside one."""
+    """Starts a run and kills it after its first checkpoint, at any moment or inside a save; whether
+    it was inside one.
+    """
     inside, wanted, log = draw.random() < 0.6, draw.randint(2, 4), directory.with_suffix(".log")
     with log.open("w") as out:
         run = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -215,7 +249,9 @@ def kill(command, environment, directory, draw):
         while not ready:
             assert run.poll() is None, log.read_text()
             assert time.monotonic() < limit, log.read_text()
-            ready = log.read_text().count("loss") >= wanted and (not inside or any(directory.glob(TEMPORARY)))
+            ready = log.read_text().count("loss") >= wanted and (
+                not inside or any(directory.glob(TEMPORARY))
+            )
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 0.01 if inside else 0.1))
     finally:

@@ -40,10 +40,15 @@ def test_lines_are_the_history(history):
     figure = aj.plot(history)
     looks = {int(look["step"]): look for look in history if look["step"]}
     assert sorted(looks) == [1, 3, 5, 7]
-    for title, metric in [("norm of the gradient", "gradient_norm"), ("RMS of g/√ν̂", "normalized_gradient_rms")]:
+    for title, metric in [
+        ("norm of the gradient", "gradient_norm"),
+        ("RMS of g/√ν̂", "normalized_gradient_rms"),
+    ]:
         for group, line in zip(("all", "b", "default"), lines(figure, title), strict=True):
             np.testing.assert_array_equal(line.get_xdata(), [1, 3, 5, 7])
-            np.testing.assert_array_equal(line.get_ydata(), [float(looks[t][f"{group}/{metric}"]) for t in sorted(looks)])
+            np.testing.assert_array_equal(
+                line.get_ydata(), [float(looks[t][f"{group}/{metric}"]) for t in sorted(looks)]
+            )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "b", "default"]
 
 
@@ -56,7 +61,7 @@ def test_each_look_is_drawn_once_in_order(history):
 def test_what_a_run_has_not_is_left_out(history):
     titles = {axes.get_title().split("\n")[0] for axes in aj.plot(history).axes}
     assert "gradient_norm" in titles
-    assert not titles & {"skipped", "ends_share", "unmoved_share"}
+    assert not titles & {"skipped", "saturated_fraction", "stalled_fraction"}
 
 
 def test_zero_is_seen_on_a_logarithmic_axis(history):
@@ -68,7 +73,10 @@ def test_zero_is_seen_on_a_logarithmic_axis(history):
 
 
 def test_what_is_not_finite_is_left_out(history):
-    broken = [look | {"all/gradient_norm": np.inf if look["step"] == 3 else look["all/gradient_norm"]} for look in history]
+    broken = [
+        look | {"all/gradient_norm": np.inf if look["step"] == 3 else look["all/gradient_norm"]}
+        for look in history
+    ]
     (line,) = lines(aj.plot(broken, groups=["all"]), "norm of the gradient")
     np.testing.assert_array_equal(line.get_xdata(), [1, 5, 7])
 
@@ -79,9 +87,13 @@ def test_refused(history):
     with pytest.raises(ValueError, match="plot: found no look in the history"):
         aj.plot([])
     for groups in (["head"], "head", [], 3):
-        with pytest.raises(ValueError, match=r"groups: found .*; expected one or some of \['all', 'b', 'default'\]"):
+        with pytest.raises(
+            ValueError, match=r"groups: found .*; expected one or some of \['all', 'b', 'default'\]"
+        ):
             aj.plot(history, groups=groups)
-    with pytest.raises(ValueError, match="two looks at step 7 that differ; expected the history of one run"):
+    with pytest.raises(
+        ValueError, match="two looks at step 7 that differ; expected the history of one run"
+    ):
         aj.plot([*history, history[-1] | {"all/gradient_norm": 3.0}])
     for wrong, says in {"history": "found str", 1: "found int"}.items():
         with pytest.raises(TypeError, match=f"{says}; expected a list of what observations"):
@@ -93,6 +105,12 @@ def test_refused(history):
     ]:
         with pytest.raises(TypeError, match=says):
             aj.plot([history[-1], wrong])
-    for wrong, says in [("x", "'x' as 'all/gradient_norm'"), (None, "None as"), (np.ones(3), r"an array of shape \(3,\) as")]:
-        with pytest.raises(TypeError, match=f"plot: found {says}.* at place 0 of the history; expected a number"):
+    for wrong, says in [
+        ("x", "'x' as 'all/gradient_norm'"),
+        (None, "None as"),
+        (np.ones(3), r"an array of shape \(3,\) as"),
+    ]:
+        with pytest.raises(
+            TypeError, match=f"plot: found {says}.* at place 0 of the history; expected a number"
+        ):
             aj.plot([{"step": 1, "all/gradient_norm": wrong}])

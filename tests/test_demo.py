@@ -24,13 +24,17 @@ import pytest
 from helpers import same
 
 import adam_jax
-from adam_jax import _choices, demo
-from adam_jax.__main__ import OPTIMIZERS, main
+from adam_jax._cli import choices, demo
+from adam_jax._cli.choices import OPTIMIZERS
+from adam_jax._cli.data import check, digits, read
+from adam_jax._cli.main import main
+from adam_jax._cli.network import convolve
 
 pytest.importorskip("rich")
 
 IMAGES = {
-    # Two classes of 6×5 pixels, bright on the left or on the right, in the order of their labels as files often are.
+    # Two classes of 6×5 pixels, bright on the left or on the right, in the order of their labels as
+    # files often are.
     f"{kind}_{split}": array
     for split, n in (("train", 80), ("test", 20))
     for kind, array in (
@@ -46,7 +50,9 @@ IMAGES = {
 
 def save(path, **changed):
     """Writes IMAGES with some arrays replaced, or left out where None, and returns the path."""
-    np.savez(path, **{name: array for name, array in (IMAGES | changed).items() if array is not None})
+    np.savez(
+        path, **{name: array for name, array in (IMAGES | changed).items() if array is not None}
+    )
     return path
 
 
@@ -76,7 +82,12 @@ def demonstrate(tmp_path, capsys):
 
     def call(*arguments, output="figure.png"):
         path = tmp_path / output
-        assert main(["--steps", "12", "--batch-size", "16", "--output", str(path), *map(str, arguments)]) == 0
+        assert (
+            main(
+                ["--steps", "12", "--batch-size", "16", "--output", str(path), *map(str, arguments)]
+            )
+            == 0
+        )
         printed = capsys.readouterr()
         assert printed.err == ""
         return printed.out, path
@@ -124,7 +135,15 @@ def test_digits_with_the_default_optimizers(demonstrate, quick):
 @pytest.mark.slow
 def test_every_member_trains_and_is_drawn(demonstrate, write, quick):
     out, figure = demonstrate(
-        "--data", write(), "--optimizers", ",".join(OPTIMIZERS), "--learning-rate", 0.01, "--steps", 2, output="all.svg"
+        "--data",
+        write(),
+        "--optimizers",
+        ",".join(OPTIMIZERS),
+        "--learning-rate",
+        0.01,
+        "--steps",
+        2,
+        output="all.svg",
     )
     rows = table(out)
     assert list(rows) == ["sgd", *adam_jax.family.__all__]
@@ -134,7 +153,7 @@ def test_every_member_trains_and_is_drawn(demonstrate, write, quick):
 
 
 def test_adam_learns(write):
-    setting = demo.prepare(demo.read(write()), steps=30, batch_size=16, seed=0, sweeps=True)
+    setting = demo.prepare(read(write()), steps=30, batch_size=16, seed=0, sweeps=True)
     course = demo.run(adam_jax.adam, setting, None, lambda *_: None)
     assert course.loss < 0.2 * course.losses[0]
     assert course.accuracy == course.accuracies[-1] == 1.0
@@ -145,7 +164,7 @@ def test_adam_learns(write):
 
 
 def test_all_start_alike_and_repeat_exactly(write, quick):
-    setting = demo.prepare(demo.read(write()), steps=5, batch_size=16, seed=3, sweeps=False)
+    setting = demo.prepare(read(write()), steps=5, batch_size=16, seed=3, sweeps=False)
     first, again = (demo.run(adam_jax.adam, setting, 0.01, lambda *_: None) for _ in range(2))
     other = demo.run(adam_jax.rmsprop, setting, 0.01, lambda *_: None)
     assert first.losses == again.losses
@@ -155,7 +174,7 @@ def test_all_start_alike_and_repeat_exactly(write, quick):
 
 def test_the_convolution_is_that_of_flax():
     images = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
-    ours, flax = nn.Conv(4, (3, 3), conv_general_dilated=demo._convolve), nn.Conv(4, (3, 3))
+    ours, flax = nn.Conv(4, (3, 3), conv_general_dilated=convolve), nn.Conv(4, (3, 3))
 
     @jax.jit
     def both():
@@ -167,7 +186,7 @@ def test_the_convolution_is_that_of_flax():
 
 def test_the_sweep_trains_each_rate_as_it_would_alone(write, quick):
     """Mapped over rates, training ends where it ends with one of them."""
-    setting = demo.prepare(demo.read(write()), steps=4, batch_size=16, seed=0, sweeps=True)
+    setting = demo.prepare(read(write()), steps=4, batch_size=16, seed=0, sweeps=True)
     order = demo._batches(setting, setting.fit)
     begin, advance = demo._trainer(adam_jax.adam, setting.network)
     rates = jnp.array([1e-3, 1e-2, 1e-1])
@@ -180,7 +199,11 @@ def test_the_sweep_trains_each_rate_as_it_would_alone(write, quick):
 
 def test_the_sweep_does_not_look_at_test_images(write, quick):
     chosen = {
-        demo.sweep(OPTIMIZERS["sgd"], demo.prepare(demo.read(write(y_test=labels)), 8, 16, 0, sweeps=True), lambda *_: None)
+        demo.sweep(
+            OPTIMIZERS["sgd"],
+            demo.prepare(read(write(y_test=labels)), 8, 16, 0, sweeps=True),
+            lambda *_: None,
+        )
         for labels in (IMAGES["y_test"], 1 - IMAGES["y_test"])
     }
     assert len(chosen) == 1
@@ -188,7 +211,7 @@ def test_the_sweep_does_not_look_at_test_images(write, quick):
 
 def test_rates_that_diverge_lose(write, quick, monkeypatch):
     monkeypatch.setattr(demo, "RATES", (1e-3, 1e-2, 1e37))
-    setting = demo.prepare(demo.read(write()), 8, 16, 0, sweeps=True)
+    setting = demo.prepare(read(write()), 8, 16, 0, sweeps=True)
     assert demo.run(OPTIMIZERS["sgd"], setting, None, lambda *_: None).rate == 1e-2
 
 
@@ -207,7 +230,7 @@ def test_the_edge_of_the_sweep_is_reported(demonstrate, write, quick, monkeypatc
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float64])
 def test_images_of_any_number_are_scaled_alike(write, dtype):
     changed = {name: IMAGES[name].astype(dtype)[..., None] for name in ("x_train", "x_test")}
-    found, expected = demo.read(write(**changed)), demo.read(write())
+    found, expected = read(write(**changed)), read(write())
     assert np.abs(found.x_train).max() == 1
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -216,7 +239,7 @@ def test_images_of_any_number_are_scaled_alike(write, dtype):
 
 def test_large_images_are_halved():
     images = np.random.default_rng(0).random((4, 35, 40, 3))
-    data = demo.check(images, np.array([0, 1, 0, 1]), images, np.array([0, 1, 0, 1]))
+    data = check(images, np.array([0, 1, 0, 1]), images, np.array([0, 1, 0, 1]))
     assert data.x_train.shape == (4, 8, 10, 3)
     assert abs(data.x_train.mean() * images.max() - images[:, :32].mean()) < 1e-6
 
@@ -269,10 +292,16 @@ def test_list_shows_every_member_with_its_description(capsys):
         (("--data", "nowhere.npz"), "nowhere.npz: No such file"),
         (("--data", "."), "Is a directory"),
         (("--data", __file__), "not an .npz file"),
-        (("--storage", "4bit"), "--storage: found '4bit'; expected float32, bfloat16, 8bit, or two"),
+        (
+            ("--storage", "4bit"),
+            "--storage: found '4bit'; expected float32, bfloat16, 8bit, or two",
+        ),
         (("--storage", "8bit,8bit,8bit"), "--storage: found"),
         (("--storage", ""), "--storage: found ''"),
-        (("--precision", "float16"), "--precision: found 'float16'; expected float32, bfloat16, bfloat16-stochastic"),
+        (
+            ("--precision", "float16"),
+            "--precision: found 'float16'; expected float32, bfloat16, bfloat16-stochastic",
+        ),
         (("--devices", 0), "--devices: found 0"),
         (("--checkpoint-every", 0), "--checkpoint-every: found 0"),
         (("--resume",), "--resume: found no --checkpoint-dir"),
@@ -281,7 +310,10 @@ def test_list_shows_every_member_with_its_description(capsys):
         (("--log-dir", " "), "--log-dir: found ' '; expected the name of a directory"),
         (("--checkpoint-dir", __file__), "--checkpoint-dir: cannot write in"),
         (("--log-dir", "/proc/logs"), "--log-dir: cannot write in '/proc/logs': No such file"),
-        (("docter",), "command: found 'docter'; did you mean doctor? known are train, describe, doctor"),
+        (
+            ("docter",),
+            "command: found 'docter'; did you mean doctor? known are train, describe, doctor",
+        ),
         (("train", "--steps", 0), "--steps: found 0"),
         (("--rate", 1), "unrecognized arguments"),
     ],
@@ -298,7 +330,10 @@ def test_wrong_options(refusal, arguments, says):
         ({"x_test": np.ones((20, 6, 6))}, "x_test: found images of shape (6, 6); expected (6, 5)"),
         ({"x_train": np.ones((80, 30))}, "x_train: found shape (80, 30)"),
         ({"x_train": np.ones((80, 3, 8))}, "4x4 pixels"),
-        ({"x_train": np.ones((0, 6, 5)), "y_train": np.ones(0, int)}, "x_train: found shape (0, 6, 5)"),
+        (
+            {"x_train": np.ones((0, 6, 5)), "y_train": np.ones(0, int)},
+            "x_train: found shape (0, 6, 5)",
+        ),
         ({"x_train": np.full((80, 6, 5), np.nan)}, "x_train: found pixels that are NaN"),
         ({"x_test": np.full((20, 6, 5), "a")}, "x_test: found dtype <U1"),
         ({"x_test": np.full((20, 6, 5), None)}, "Object arrays"),
@@ -377,30 +412,39 @@ def dtypes(tree):
 
 @pytest.fixture(scope="module")
 def low(tmp_path_factory):
-    """By precision the course of a run, and the arrays at its end, at a rate whose steps a bfloat16 cannot hold."""
-    data, found = demo.read(save(tmp_path_factory.mktemp("low") / "images.npz")), {}
+    """By precision the course of a run, and the arrays at its end, at a rate whose steps a bfloat16
+    cannot hold.
+    """
+    data, found = read(save(tmp_path_factory.mktemp("low") / "images.npz")), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "Network", Hidden)
-        for precision, (dtype, _) in _choices.PRECISIONS.items():
+        for precision, (dtype, _) in choices.PRECISIONS.items():
             setting = demo.prepare(data, 100, 16, 0, sweeps=False, dtype=dtype)
-            kept, make = Kept(), _choices.factory("adam", _choices.storage("bfloat16, 8bit"), precision)
+            kept, make = (
+                Kept(),
+                choices.factory("adam", choices.storage("bfloat16, 8bit"), precision),
+            )
             found[precision] = demo.run(make, setting, 3e-5, lambda *_: None, kept), kept.carry
     return found
 
 
-@pytest.mark.parametrize("precision", _choices.PRECISIONS)
+@pytest.mark.parametrize("precision", choices.PRECISIONS)
 def test_storage_and_precision_reach_the_run(low, precision):
-    dtype, links = _choices.PRECISIONS[precision]
+    dtype, links = choices.PRECISIONS[precision]
     params, state = low[precision][1]
     assert dtypes(params) == {jnp.dtype(dtype).name}
     stages = state[0] if links else state
     assert stages[0].mu["params"]["Dense_1"]["kernel"].dtype == jnp.bfloat16
     assert stages[0].nu["params"]["Dense_1"]["kernel"].dtype == jnp.uint8
-    assert ("int16" in dtypes(state[1:]) if links else False) == (precision == "bfloat16-compensated")
+    assert ("int16" in dtypes(state[1:]) if links else False) == (
+        precision == "bfloat16-compensated"
+    )
 
 
 def test_compensated_parameters_follow_float32_ones_and_nearest_ones_stay_behind(low):
-    losses = {precision: course.losses[0] - course.losses[-1] for precision, (course, _) in low.items()}
+    losses = {
+        precision: course.losses[0] - course.losses[-1] for precision, (course, _) in low.items()
+    }
     assert losses["bfloat16"] < 0.5 * losses["float32"]
     assert losses["bfloat16-stochastic"] == pytest.approx(losses["float32"], rel=0.3)
     assert losses["bfloat16-compensated"] == pytest.approx(losses["float32"], rel=0.1)
@@ -410,7 +454,9 @@ def test_compensated_parameters_follow_float32_ones_and_nearest_ones_stay_behind
 def test_every_member_takes_every_storage_and_precision(storage):
     params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
     for name in OPTIMIZERS:
-        tx = _choices.factory(name, _choices.storage(storage), "bfloat16-compensated")(jnp.float32(0.01))
+        tx = choices.factory(name, choices.storage(storage), "bfloat16-compensated")(
+            jnp.float32(0.01)
+        )
         jax.eval_shape(lambda p, tx=tx: tx.update(p, tx.init(p), p), params)
 
 
@@ -418,7 +464,8 @@ DEVICES = """
 import sys
 import jax
 from pathlib import Path
-from adam_jax import _choices, demo
+from adam_jax._cli import choices, demo
+from adam_jax._cli.data import read
 from adam_jax.__main__ import _check_devices, main
 
 tests, path, output = {paths!r}
@@ -429,16 +476,19 @@ from test_demo import Hidden, Kept
 demo.Network = Hidden
 courses = []
 for devices in (1, 2):
-    setting = demo.prepare(demo.read(Path(path)), 10, 16, 0, sweeps=False, devices=devices)
+    setting = demo.prepare(read(Path(path)), 10, 16, 0, sweeps=False, devices=devices)
     kept = Kept()
-    courses.append(demo.run(_choices.factory("adam", "float32", "float32"), setting, 0.01, lambda *_: None, kept))
+    make = choices.factory("adam", "float32", "float32")
+    courses.append(demo.run(make, setting, 0.01, lambda *_: None, kept))
 params, state = kept.carry
 assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
 kernel = state[0].nu["params"]["Dense_1"]["kernel"]
-assert len(kernel.sharding.device_set) == 2 and not kernel.sharding.is_fully_replicated, kernel.sharding
+assert len(kernel.sharding.device_set) == 2, kernel.sharding
+assert not kernel.sharding.is_fully_replicated, kernel.sharding
 one, two = courses
 assert all(abs(a - b) < 1e-3 * b for a, b in zip(one.losses, two.losses, strict=True)), (one, two)
-assert main(["--data", path, "--devices", "2", "--batch-size", "16", "--steps", "2", "--optimizers", "adam", "--learning-rate",
+assert main(["--data", path, "--devices", "2", "--batch-size", "16", "--steps", "2",
+             "--optimizers", "adam", "--learning-rate",
              "0.01", "--output", output]) == 0
 """
 THERE = """
@@ -452,7 +502,14 @@ _check_devices(2)
 
 def alone(code, **environment):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -467,13 +524,18 @@ def test_devices_that_are_there_will_do():
 
 def test_more_devices_than_there_are(refusal):
     there = len(jax.devices())  # now it is too late for more
-    says = f"--devices: found 1000; there are {there} (cpu). CPUs can be cut into as many: set JAX_PLATFORMS=cpu XLA_FLAGS="
+    says = (
+        f"--devices: found 1000; there are {there} (cpu). CPUs can be cut into as many: set "
+        "JAX_PLATFORMS=cpu XLA_FLAGS="
+    )
     assert says in refusal("--devices", 1000)
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(write):
-    with pytest.raises(ValueError, match="--batch-size: found 16; expected a multiple of the 3 devices"):
-        demo.prepare(demo.read(write()), 2, 16, 0, sweeps=False, devices=3)
+    with pytest.raises(
+        ValueError, match="--batch-size: found 16; expected a multiple of the 3 devices"
+    ):
+        demo.prepare(read(write()), 2, 16, 0, sweeps=False, devices=3)
 
 
 # Checkpoints
@@ -485,13 +547,19 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def keep(tmp_path):
-    """A run in which something may go wrong at a step, kept in a directory; the course, and the arrays at its end."""
+    """A run in which something may go wrong at a step, kept in a directory; the course, and the
+    arrays at its end.
+    """
     pytest.importorskip("orbax.checkpoint")
-    from adam_jax._checkpoints import checkpoints
+    from adam_jax._cli.checkpoints import checkpoints
 
     def run(make, setting, rate, directory=None, resume=False, fails=None):
         def tell(doing, done):
-            if fails is not None and doing.startswith("training") and done - (rate is None) * setting.steps >= fails:
+            if (
+                fails is not None
+                and doing.startswith("training")
+                and done - (rate is None) * setting.steps >= fails
+            ):
                 raise Interrupted
 
         if directory is None:
@@ -518,9 +586,9 @@ def alike(ours, theirs):
     ],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(write, wide, keep, name, storage, precision):
-    dtype, _ = _choices.PRECISIONS[precision]
-    setting = demo.prepare(demo.read(write()), 14, 16, 0, sweeps=False, dtype=dtype)
-    make = _choices.factory(name, _choices.storage(storage), precision)
+    dtype, _ = choices.PRECISIONS[precision]
+    setting = demo.prepare(read(write()), 14, 16, 0, sweeps=False, dtype=dtype)
+    make = choices.factory(name, choices.storage(storage), precision)
     for fails in (7, 10):
         with pytest.raises(Interrupted):
             keep(make, setting, 0.01, "run", resume=fails > 7, fails=fails)
@@ -529,15 +597,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(write, wide, keep, name, sto
 
 def test_a_state_without_codes_is_kept_too(write, quick, keep):
     """Its scales are an array without elements, of which Orbax takes none."""
-    setting = demo.prepare(demo.read(write()), 8, 16, 0, sweeps=False)
-    make = _choices.factory("adam", "8bit", "float32")
+    setting = demo.prepare(read(write()), 8, 16, 0, sweeps=False)
+    make = choices.factory("adam", "8bit", "float32")
     with pytest.raises(Interrupted):
         keep(make, setting, 0.01, "run", fails=5)
     alike(keep(make, setting, 0.01, "run", resume=True), keep(make, setting, 0.01))
 
 
 def test_the_rate_that_a_sweep_chose_is_kept(write, quick, keep, monkeypatch):
-    setting = demo.prepare(demo.read(write()), 8, 16, 0, sweeps=True)
+    setting = demo.prepare(read(write()), 8, 16, 0, sweeps=True)
     make = OPTIMIZERS["sgd"]
     whole = keep(make, setting, None)
     with pytest.raises(Interrupted):
@@ -555,12 +623,23 @@ class Logged(NamedTuple):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """A run that is kept and logged, for all tests that look at one; its options, what it printed, and its courses."""
+    """A run that is kept and logged, for all tests that look at one; its options, what it printed,
+    and its courses.
+    """
     pytest.importorskip("orbax.checkpoint")
     pytest.importorskip("tensorboardX")
     directory, courses, run = tmp_path_factory.mktemp("logged"), [], demo.run
     data = save(directory / "images.npz")
-    options = ["--data", data, "--optimizers", "sgd,adam", "--learning-rate", 0.01, "--log-dir", directory / "logs"]
+    options = [
+        "--data",
+        data,
+        "--optimizers",
+        "sgd,adam",
+        "--learning-rate",
+        0.01,
+        "--log-dir",
+        directory / "logs",
+    ]
     options += ["--checkpoint-every", 4, "--checkpoint-dir", directory / "runs"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(demo, "Network", Dense)
@@ -571,7 +650,10 @@ def logged(tmp_path_factory):
 
 
 def test_a_run_that_is_over_is_not_trained_again(logged, demonstrate, quick):
-    options = [its if its != logged.directory / "logs" else logged.directory / "again" for its in logged.options]
+    options = [
+        its if its != logged.directory / "logs" else logged.directory / "again"
+        for its in logged.options
+    ]
     again, _ = demonstrate(*options, "--resume")
     assert table(logged.out) == table(again)  # the seconds, too
     assert "adam: going on from step 12\n" in again
@@ -579,7 +661,16 @@ def test_a_run_that_is_over_is_not_trained_again(logged, demonstrate, quick):
 
 
 def test_checkpoints_of_another_run_are_refused(logged, refusal, write, quick):
-    options = ["--steps", 12, "--batch-size", 16, "--optimizers", "adam", "--checkpoint-dir", logged.directory / "runs"]
+    options = [
+        "--steps",
+        12,
+        "--batch-size",
+        16,
+        "--optimizers",
+        "adam",
+        "--checkpoint-dir",
+        logged.directory / "runs",
+    ]
     data, rate = ["--data", write()], ["--learning-rate", 0.01]
     setting = [*options, *data, *rate]
     said = refusal(*setting)
@@ -587,22 +678,38 @@ def test_checkpoints_of_another_run_are_refused(logged, refusal, write, quick):
     assert "Add --resume" in said
     for changed, says in (
         (["--seed", 1], "made with --seed 0; this run has --seed 1."),
-        (["--steps", 13, "--storage", "8bit"], "made with --steps 12 --storage float32; this run has --steps 13 --storage 8bit."),
+        (
+            ["--steps", 13, "--storage", "8bit"],
+            "made with --steps 12 --storage float32; this run has --steps 13 --storage 8bit.",
+        ),
     ):
         assert says in refusal(*setting, "--resume", *changed)
-    assert "made with --learning-rate 0.01; this run has --learning-rate not given" in refusal(*options, *data, "--resume")
-    assert "made with --data" in refusal(*options, *rate, "--resume", "--data", write(x_test=IMAGES["x_test"] + 1))
+    assert "made with --learning-rate 0.01; this run has --learning-rate not given" in refusal(
+        *options, *data, "--resume"
+    )
+    assert "made with --data" in refusal(
+        *options, *rate, "--resume", "--data", write(x_test=IMAGES["x_test"] + 1)
+    )
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(write, wide, keep, tmp_path):
-    setting = demo.prepare(demo.read(write()), 12, 16, 0, sweeps=False)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(
+    write, wide, keep, tmp_path
+):
+    setting = demo.prepare(read(write()), 12, 16, 0, sweeps=False)
     whole = keep(adam_jax.adam, setting, 0.01, "run")
-    parts = [path for path in (tmp_path / "run" / "12" / "arrays").rglob("*") if path.is_file() and path.parent.name == "d"]
+    parts = [
+        path
+        for path in (tmp_path / "run" / "12" / "arrays").rglob("*")
+        if path.is_file() and path.parent.name == "d"
+    ]
     largest = max(parts, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with pytest.raises(ValueError, match=r"run/12 is damaged \(.*\). Delete it to go on from the checkpoint before it"):
+    with pytest.raises(
+        ValueError,
+        match=r"run/12 is damaged \(.*\). Delete it to go on from the checkpoint before it",
+    ):
         keep(adam_jax.adam, setting, 0.01, "run", resume=True)
     shutil.rmtree(tmp_path / "run" / "12")
     alike(keep(adam_jax.adam, setting, 0.01, "run", resume=True), whole)
@@ -610,20 +717,46 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(write,
 
 @pytest.mark.slow
 def test_killed_it_goes_on(write, tmp_path):
-    """By the operating system, in a process of its own, at any moment after the first checkpoints."""
-    checkpoints = pytest.importorskip("adam_jax._checkpoints").checkpoints
+    """By the operating system, in a process of its own, at any moment after the first
+    checkpoints.
+    """
+    checkpoints = pytest.importorskip("adam_jax._cli.checkpoints").checkpoints
 
     def options(directory):
         return [
-            *("--data", str(write()), "--optimizers", "adam", "--learning-rate", "0.01", "--steps", "600", "--batch-size", "16"),
-            *("--checkpoint-every", "10", "--checkpoint-dir", str(tmp_path / directory), "--output", str(tmp_path / "a.png")),
+            *(
+                "--data",
+                str(write()),
+                "--optimizers",
+                "adam",
+                "--learning-rate",
+                "0.01",
+                "--steps",
+                "600",
+                "--batch-size",
+                "16",
+            ),
+            *(
+                "--checkpoint-every",
+                "10",
+                "--checkpoint-dir",
+                str(tmp_path / directory),
+                "--output",
+                str(tmp_path / "a.png"),
+            ),
         ]
 
     killed = tmp_path / "killed" / "adam"
     command = [sys.executable, "-m", "adam_jax", *options("killed")]
     # Compiled as the run that goes on: compiled otherwise, the last bits differ.
-    compiled = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.read("jax_disable_most_optimizations")))}
-    with subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu", **compiled}, stdout=subprocess.DEVNULL) as run:
+    compiled = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(
+            int(jax.config.read("jax_disable_most_optimizations"))
+        )
+    }
+    with subprocess.Popen(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu", **compiled}, stdout=subprocess.DEVNULL
+    ) as run:
         limit = time.monotonic() + 300
         while sum(path.name.isdigit() for path in killed.glob("*")) < 3:
             assert run.poll() is None
@@ -637,7 +770,9 @@ def test_killed_it_goes_on(write, tmp_path):
     assert main(options("whole")) == 0
 
     def progress(directory):
-        settings = json.loads(next((tmp_path / directory / "adam" / "600" / "run").glob("*")).read_text())["options"]
+        settings = json.loads(
+            next((tmp_path / directory / "adam" / "600" / "run").glob("*")).read_text()
+        )["options"]
         with checkpoints(tmp_path / directory / "adam", settings, 1, resume=True) as kept:
             return kept.progress._replace(seconds=0)
 
@@ -645,16 +780,25 @@ def test_killed_it_goes_on(write, tmp_path):
 
 
 def test_without_what_checkpoints_and_events_need(refusal, monkeypatch, quick):
-    for module, option, extra in (("orbax", "--checkpoint-dir", "scale"), ("tensorboardX", "--log-dir", "log")):
+    for module, option, extra in (
+        ("orbax", "--checkpoint-dir", "scale"),
+        ("tensorboardX", "--log-dir", "log"),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
-        assert f'{module} not installed; run, in its folder: pip install -e ".[{extra}]"' in refusal(option, "runs")
+        assert (
+            f'{module} not installed; run, in its folder: pip install -e ".[{extra}]"'
+            in refusal(option, "runs")
+        )
 
 
 # Events
 
 
 def events(directory):
-    """The events of all files in a folder, oldest first: TFRecords of length, its checksum, the event, its checksum."""
+    """The events of all files in a folder, oldest first:
+
+    TFRecords of length, its checksum, the event, its checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -682,8 +826,13 @@ def test_events_hold_the_curves(logged):
     assert f"tensorboard --logdir {logged.directory / 'logs'}\n" in logged.out
     for name, course in zip(("sgd", "adam"), logged.courses, strict=True):
         found = scalars(events(logged.directory / "logs" / name))
-        expected = {("training loss", s): loss for s, loss in zip(course.steps, course.losses, strict=True)}
-        expected |= {("test accuracy", s): found for s, found in zip(course.steps, course.accuracies, strict=True)}
+        expected = {
+            ("training loss", s): loss for s, loss in zip(course.steps, course.losses, strict=True)
+        }
+        expected |= {
+            ("test accuracy", s): found
+            for s, found in zip(course.steps, course.accuracies, strict=True)
+        }
         expected |= {("learning rate", s): course.rate for s in course.steps}
         looks = {key: found.pop(key) for key in list(found) if key[0].startswith("all/")}
         assert found == {key: pytest.approx(value, rel=1e-6) for key, value in expected.items()}
@@ -692,11 +841,22 @@ def test_events_hold_the_curves(logged):
         assert min(norms.values()) > 0
 
 
-def test_a_resumed_run_logs_each_step_once(logged, demonstrate, write, quick, tmp_path, monkeypatch):
-    options = ["--data", write(), "--optimizers", "adam", "--learning-rate", 0.01, "--checkpoint-every", 4]
-    from adam_jax import _report
+def test_a_resumed_run_logs_each_step_once(
+    logged, demonstrate, write, quick, tmp_path, monkeypatch
+):
+    options = [
+        "--data",
+        write(),
+        "--optimizers",
+        "adam",
+        "--learning-rate",
+        0.01,
+        "--checkpoint-every",
+        4,
+    ]
+    from adam_jax._cli import report
 
-    draw = _report.progress
+    draw = report.progress
 
     class Failing:
         def __enter__(self):
@@ -709,16 +869,34 @@ def test_a_resumed_run_logs_each_step_once(logged, demonstrate, write, quick, tm
             if doing.startswith("training") and done >= 7:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(_report, "progress", lambda *_: Failing())
+    monkeypatch.setattr(report, "progress", lambda *_: Failing())
     options += ["--checkpoint-dir", tmp_path / "runs", "--log-dir", tmp_path / "logs"]
-    assert main(["--steps", "12", "--batch-size", "16", "--output", str(tmp_path / "a.png"), *map(str, options)]) == 130
-    monkeypatch.setattr(_report, "progress", draw)
+    assert (
+        main(
+            [
+                "--steps",
+                "12",
+                "--batch-size",
+                "16",
+                "--output",
+                str(tmp_path / "a.png"),
+                *map(str, options),
+            ]
+        )
+        == 130
+    )
+    monkeypatch.setattr(report, "progress", draw)
     time.sleep(1.1)  # the files are told apart by the second in their names
     demonstrate(*options, "--resume")
-    found, whole = events(tmp_path / "logs" / "adam"), scalars(events(logged.directory / "logs" / "adam"))
+    found, whole = (
+        events(tmp_path / "logs" / "adam"),
+        scalars(events(logged.directory / "logs" / "adam")),
+    )
     assert len(list((tmp_path / "logs" / "adam").iterdir())) == 2
     assert scalars(found) == whole
-    assert sum(bool(event.summary.value) for event in found) > len(whole)  # steps that were lost are logged again
+    assert sum(bool(event.summary.value) for event in found) > len(
+        whole
+    )  # steps that were lost are logged again
 
 
 def test_a_folder_that_is_a_file_is_refused(refusal, tmp_path):
@@ -733,17 +911,33 @@ def test_a_folder_that_is_a_file_is_refused(refusal, tmp_path):
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
-    assert (stopped.value.code, capsys.readouterr().out) == (0, f"adam_jax {adam_jax.__version__}\n")
+    assert (stopped.value.code, capsys.readouterr().out) == (
+        0,
+        f"adam_jax {adam_jax.__version__}\n",
+    )
 
 
 def test_describe_weighs_the_network(capsys):
-    assert main(["describe", "--optimizer", "adamw", "--storage", "8bit", "--precision", "bfloat16-compensated"]) == 0
+    assert (
+        main(
+            [
+                "describe",
+                "--optimizer",
+                "adamw",
+                "--storage",
+                "8bit",
+                "--precision",
+                "bfloat16-compensated",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     tx = adam_jax.chain(adam_jax.adamw(1e-3, storage="8bit"), adam_jax.compensate())
     params = jax.eval_shape(
         lambda: jax.tree.map(
             lambda leaf: leaf.astype(jnp.bfloat16),
-            demo.prepare(demo.digits(), 1, 1, 0, sweeps=False).params,
+            demo.prepare(digits(), 1, 1, 0, sweeps=False).params,
         )
     )
     audit = adam_jax.state_bytes(tx, params)

@@ -1,4 +1,6 @@
-"""`observe`: each metric against a float64 transcription of its definition from whole arrays; looking changes nothing."""
+"""`observe`: each metric against a float64 transcription of its definition from whole arrays;
+looking changes nothing.
+"""
 
 import contextlib
 import csv
@@ -22,7 +24,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adam_jax as aj
-from adam_jax import _probe
+from adam_jax.diagnostics import sampling
+from adam_jax.diagnostics.metrics import METRICS
 
 RATE, EPS, CLIP, STEPS = 0.01, 0.3, 0.5, 3
 ALL = 10**7
@@ -40,7 +43,9 @@ def some(shape, dtype=jnp.float32, scale=1.0):
 
 PARAMS = {
     "w": some((24, 20)),
-    "b": some((40,), jnp.bfloat16, 30 * 10.0 ** np.linspace(-4, 0, 40)),  # the smallest move, the largest do not
+    "b": some(
+        (40,), jnp.bfloat16, 30 * 10.0 ** np.linspace(-4, 0, 40)
+    ),  # the smallest move, the largest do not
     "h": some((40,), jnp.float16 if has_float16() else jnp.bfloat16, 30.0),
     "z": some((40,), jnp.complex64),
     "s": some(()),
@@ -73,9 +78,9 @@ def wide(x):
 def run(tx, course=COURSE, params=PARAMS, compiled=False, options=QUICKLY):
     """(params before, state before, gradients, updates, state after) of each step.
 
-    Operation by operation: most operations of one optimizer are those of another one, and are compiled once for all of them.
-    Where it matters what XLA makes of a whole step, or operations have shapes of their own, the step is compiled.
-    """
+    Operation by operation: most operations of one optimizer are those of another one, and are
+    compiled once for all of them. Where it matters what XLA makes of a whole step, or operations
+    have shapes of their own, the step is compiled."""
 
     @functools.partial(jax.jit, compiler_options=options)
     def step(params, state, grads):
@@ -128,7 +133,12 @@ def momentum(g, m, before, t):
 def rmsprop(g, m, before, t):
     divisor = np.sqrt(m["nu"] + EPS)
     root = np.sqrt(m["nu"] / (1 - 0.9**t))
-    return {"mean": g, "root": root, "rate": RATE / divisor, "ruled": divisor > 2 * np.sqrt(m["nu"])}
+    return {
+        "mean": g,
+        "root": root,
+        "rate": RATE / divisor,
+        "ruled": divisor > 2 * np.sqrt(m["nu"]),
+    }
 
 
 def adam_atan2(g, m, before, t):
@@ -143,7 +153,14 @@ def adopt(g, m, before, t):
     divisor = np.maximum(root, EPS)
     seen = clipped(g / divisor, (t - 1) ** 0.25)
     mu = m["mu"] / (1 - 0.9**t)
-    return {"mean": mu, "root": root, "rate": RATE / divisor, "ruled": root < EPS, "seen": seen, "signal": np.abs(mu)}
+    return {
+        "mean": mu,
+        "root": root,
+        "rate": RATE / divisor,
+        "ruled": root < EPS,
+        "seen": seen,
+        "signal": np.abs(mu),
+    }
 
 
 def ademamix(g, m, before, t):
@@ -151,7 +168,9 @@ def ademamix(g, m, before, t):
 
 
 def adam_mini(g, m, before, t):
-    return quotient(m["mu"] / (1 - 0.9**t), np.broadcast_to(np.sqrt(m["nu"] / (1 - 0.999**t)), g.shape))
+    return quotient(
+        m["mu"] / (1 - 0.9**t), np.broadcast_to(np.sqrt(m["nu"] / (1 - 0.999**t)), g.shape)
+    )
 
 
 ORACLES = {
@@ -167,15 +186,27 @@ ORACLES = {
     "adopt": (aj.adopt(RATE, eps=EPS), adopt),
     "ademamix": (aj.ademamix(RATE, eps=EPS), ademamix),
     "adam_mini": (aj.adam_mini(RATE, eps=EPS), adam_mini),
-    "behind clipping": (aj.chain(aj.clip_elements(CLIP), aj.adam(RATE, eps=EPS)), adam),
-    "links behind": (aj.chain(aj.adam(RATE, eps=EPS), aj.cautious(), aj.clip_update_rms(0.1)), adam),
+    "behind clipping": (aj.chain(aj.stages.clip_elements(CLIP), aj.adam(RATE, eps=EPS)), adam),
+    "links behind": (
+        aj.chain(aj.adam(RATE, eps=EPS), aj.stages.cautious(), aj.stages.clip_update_rms(0.1)),
+        adam,
+    ),
     "Optax's behind": (aj.chain(aj.adam(RATE, eps=EPS), optax.identity()), adam),
-    "Optax's between": (aj.chain(*aj.adam(1.0, eps=EPS).stages[:-1], optax.identity(), aj.scale_by_learning_rate(RATE)), adam),
-    "stages": (aj.chain(aj.chain(*aj.adam(1.0, eps=EPS).stages[:-1]), aj.scale_by_learning_rate(RATE)), adam),
+    "Optax's between": (
+        aj.chain(
+            *aj.adam(1.0, eps=EPS).stages[:-1], optax.identity(), aj.scale_by_learning_rate(RATE)
+        ),
+        adam,
+    ),
+    "stages": (
+        aj.chain(aj.chain(*aj.adam(1.0, eps=EPS).stages[:-1]), aj.scale_by_learning_rate(RATE)),
+        adam,
+    ),
     "guarded": (aj.skip_nonfinite(aj.adam(RATE, eps=EPS)), adam),
 }
 FEWER = ("lamb", "adam_mini", "links behind")
-"""Of these not all leaves: they have sums of their own for each shape, which take long to compile."""
+"""Of these not all leaves: they have sums of their own for each shape, which take long to compile.
+"""
 NAMES = ["mu", "nu", "mu_slow", "nu_max"]
 INEXACT = ["w", "b", "h", "z", "s", "empty"]
 
@@ -216,9 +247,16 @@ def expected(step, t, oracle, names=INEXACT, clip=np.inf):
     per_leaf = []
     for name in names:
         seen = clipped(g[name], clip)
-        its = oracle(seen, moments_of(after, name), moments_of(before, name), t[name] if isinstance(t, dict) else t)
+        its = oracle(
+            seen,
+            moments_of(after, name),
+            moments_of(before, name),
+            t[name] if isinstance(t, dict) else t,
+        )
         own = {"seen": seen, "raw": seen} | its
-        per_leaf.append({key: np.ravel(np.broadcast_to(x, own["raw"].shape)) for key, x in own.items()})
+        per_leaf.append(
+            {key: np.ravel(np.broadcast_to(x, own["raw"].shape)) for key, x in own.items()}
+        )
     of = {key: joined([its[key] for its in per_leaf]) for key in per_leaf[0]}
     has_nu = "root" in of
     sized = of["root"] > 0 if has_nu else np.zeros(len(of["raw"]), bool)
@@ -226,22 +264,30 @@ def expected(step, t, oracle, names=INEXACT, clip=np.inf):
     moved = np.abs(of["mean"]) > 0
     along = np.real(of["seen"] * np.conj(of["mean"])).mean()
     lengths = rms(of["seen"]) * rms(of["mean"])
-    half = [(p[name], u[name], params[name].dtype) for name in names if params[name].dtype.itemsize == 2]
+    half = [
+        (p[name], u[name], params[name].dtype) for name in names if params[name].dtype.itemsize == 2
+    ]
     moves = joined([step != 0 for _, step, _ in half]).astype(bool)
-    stays = joined([(old + step).astype(np.float32).astype(dtype) == old for old, step, dtype in half])
+    stays = joined(
+        [(old + step).astype(np.float32).astype(dtype) == old for old, step, dtype in half]
+    )
     size = rms(joined(list(p.values())))
     return {
         "gradient_norm": np.linalg.norm(joined(list(g.values()))),
         "update_rms": rms(joined(list(u.values()))),
-        "update_ratio": rms(joined(list(u.values()))) / size if size else rms(joined(list(u.values()))),
+        "update_ratio": rms(joined(list(u.values()))) / size
+        if size
+        else rms(joined(list(u.values()))),
         "learning_rate_median": quantile(of["rate"][moved], 0.5),
         "learning_rate_p99": quantile(of["rate"][moved], 0.99),
-        "eps_share": of["ruled"].mean() if has_nu else 0.0,
+        "eps_fraction": of["ruled"].mean() if has_nu else 0.0,
         "normalized_gradient_rms": rms((np.abs(of["raw"]) / root)[sized]),
         "momentum_cosine": along / lengths if lengths else 0.0,
-        "signal_to_noise": quantile((of["signal"] if "signal" in of else np.abs(of["mean"]) / root)[sized], 0.5),
-        "unmoved_share": stays[moves].mean() if moves.any() else 0.0,
-        "ends_share": 0.0,
+        "signal_to_noise": quantile(
+            (of["signal"] if "signal" in of else np.abs(of["mean"]) / root)[sized], 0.5
+        ),
+        "stalled_fraction": stays[moves].mean() if moves.any() else 0.0,
+        "saturated_fraction": 0.0,
         "skipped": 0.0,
     }
 
@@ -257,60 +303,103 @@ def check(found, wanted, group="all", rtol=2e-3, skip=()):
 def test_every_metric_is_its_definition(name):
     """Of real, half, complex, scalar and empty leaves together, beside integers and `None`."""
     tx, oracle = ORACLES[name]
-    keep = ["w", "b", "h", "z"] if name in FEWER else [k for k in PARAMS if "Optax" not in name or k != "n"]  # it knows no float0
+    keep = (
+        ["w", "b", "h", "z"]
+        if name in FEWER
+        else [k for k in PARAMS if "Optax" not in name or k != "n"]
+    )  # it knows no float0
     params, *course = ({k: tree[k] for k in keep} for tree in (PARAMS, *COURSE))
     clip = CLIP if "clipping" in name else np.inf
     for t, step in enumerate(run(aj.observe(tx, every=1, sample=ALL), course, params), start=1):
         found = aj.observations(step[-1])
         assert found["step"] == t
         wanted = expected(step, t, oracle, [k for k in INEXACT if k in keep], clip)
-        half = ("update_rms", "update_ratio", "unmoved_share")  # seen before an update is rounded to its leaf's 16 bits
+        half = (
+            "update_rms",
+            "update_ratio",
+            "stalled_fraction",
+        )  # seen before an update is rounded to its leaf's 16 bits
         check(found, wanted, rtol=5e-3)
         check(found, wanted, rtol=1e-4, skip=half)
-    assert 0 < found["all/unmoved_share"] < 1
-    assert found.keys() <= {"step", *(f"all/{metric}" for metric in _probe.METRICS)}
+    assert 0 < found["all/stalled_fraction"] < 1
+    assert found.keys() <= {"step", *(f"all/{metric}" for metric in METRICS)}
 
 
 @pytest.mark.usefixtures("x64")
 def test_in_double_precision():
-    params = {"w": some((6, 5), jnp.float64), "z": some((4,), jnp.complex128), "b": some((9,), jnp.bfloat16, 30.0)}
+    params = {
+        "w": some((6, 5), jnp.float64),
+        "z": some((4,), jnp.complex128),
+        "b": some((9,), jnp.bfloat16, 30.0),
+    }
     tx = aj.observe(aj.adam(RATE, eps=EPS), every=1, sample=ALL)
-    for t, step in enumerate(run(tx, [gradients(params) for _ in range(2)], params, compiled=True), start=1):
+    for t, step in enumerate(
+        run(tx, [gradients(params) for _ in range(2)], params, compiled=True), start=1
+    ):
         found = aj.observations(step[-1])
-        assert {name: x.dtype for name, x in found.items() if x.dtype != jnp.float32} == {"step": jnp.dtype("int32")}
+        assert {name: x.dtype for name, x in found.items() if x.dtype != jnp.float32} == {
+            "step": jnp.dtype("int32")
+        }
         check(found, expected(step, t, adam, names=list(params)), rtol=5e-3)
 
 
 def test_groups_each_and_all():
-    groups = {"w": {"learning_rate_multiplier": 100.0}, "(b|h)": aj.amsgrad(RATE, eps=EPS), "z": "frozen"}
+    groups = {
+        "w": {"learning_rate_multiplier": 100.0},
+        "(b|h)": aj.amsgrad(RATE, eps=EPS),
+        "z": "frozen",
+    }
     tx = aj.observe(aj.by_path(groups, aj.adam(RATE, eps=EPS)), every=1, sample=ALL)
     *_, step = run(tx, compiled=True)
     found = aj.observations(step[-1])
     assert {name.rpartition("/")[0] for name in found} == {"", "all", "w", "(b|h)", "default"}
-    scaled = lambda *its: (made := adam(*its)) | {"rate": 100 * made["rate"]}  # noqa: E731
+    scaled = lambda *its: (made := adam(*its)) | {"rate": 100 * made["rate"]}
     of = {"w": (scaled, ["w"]), "(b|h)": (amsgrad, ["b", "h"]), "default": (adam, ["s", "empty"])}
     for group, (oracle, names) in of.items():
         check(found, expected(step, STEPS, oracle, names), group, rtol=5e-3)
-    joint = expected(step, STEPS, lambda g, m, *rest: (amsgrad if "nu_max" in m else adam)(g, m, *rest), list("wbhs"))
-    rates = ("learning_rate_median", "learning_rate_p99", "gradient_norm")  # which is of the frozen leaf too
+    joint = expected(
+        step,
+        STEPS,
+        lambda g, m, *rest: (amsgrad if "nu_max" in m else adam)(g, m, *rest),
+        list("wbhs"),
+    )
+    rates = (
+        "learning_rate_median",
+        "learning_rate_p99",
+        "gradient_norm",
+    )  # which is of the frozen leaf too
     check(found, joint, rtol=5e-3, skip=rates)
     np.testing.assert_allclose(
-        found["all/gradient_norm"], np.linalg.norm(joined([wide(step[2][name]) for name in INEXACT])), rtol=1e-5
+        found["all/gradient_norm"],
+        np.linalg.norm(joined([wide(step[2][name]) for name in INEXACT])),
+        rtol=1e-5,
     )
 
 
 def test_groups_within_a_chain():
     """What stands behind groups is seen: the rate, and the links."""
-    direction = lambda eps: aj.chain(*aj.adam(1.0, eps=eps).stages[:-1])  # noqa: E731
+    direction = lambda eps: aj.chain(*aj.adam(1.0, eps=eps).stages[:-1])
     grouped = aj.by_path({"w": direction(1.0)}, direction(EPS))
-    tx = aj.observe(aj.chain(grouped, aj.scale_by_learning_rate(RATE), aj.clip_update_rms(0.1)), every=1, sample=ALL)
+    tx = aj.observe(
+        aj.chain(grouped, aj.scale_by_learning_rate(RATE), aj.stages.clip_update_rms(0.1)),
+        every=1,
+        sample=ALL,
+    )
     params, *course = ({k: tree[k] for k in "wbs"} for tree in (PARAMS, *COURSE))
     *_, step = run(tx, course, params)
     found = aj.observations(step[-1])
-    wanted = expected(step, STEPS, lambda *its: quotient(*map(adam(*its).get, ("mean", "root")), eps=1.0), ["w"])
-    check(found, wanted, "w", skip=("update_rms", "update_ratio"))  # the group's own, before the rate
+    wanted = expected(
+        step, STEPS, lambda *its: quotient(*map(adam(*its).get, ("mean", "root")), eps=1.0), ["w"]
+    )
+    check(
+        found, wanted, "w", skip=("update_rms", "update_ratio")
+    )  # the group's own, before the rate
     wanted = expected(step, STEPS, adam, "wbs")
-    check(found, {name: wanted[name] for name in ("update_rms", "update_ratio", "momentum_cosine")}, rtol=5e-3)
+    check(
+        found,
+        {name: wanted[name] for name in ("update_rms", "update_ratio", "momentum_cosine")},
+        rtol=5e-3,
+    )
 
 
 def test_groups_in_groups_have_paths():
@@ -334,20 +423,37 @@ def test_after_a_reset_of_some_leaves():
         with jax.disable_jit():
             updates, after = tx.update(grads, state, PARAMS)
         ages = {name: t if name == "w" else STEPS + t for name in INEXACT}
-        check(aj.observations(after), expected((PARAMS, state, grads, updates, after), ages, adam), rtol=5e-3)
+        check(
+            aj.observations(after),
+            expected((PARAMS, state, grads, updates, after), ages, adam),
+            rtol=5e-3,
+        )
         state = after
 
 
 def test_codes_at_their_ends():
     tx = aj.observe(aj.adam(RATE, storage="8bit"), every=1, sample=ALL)
     params = {"w": some((64, 100)), "v": some((100, 80))}
-    course = [jax.tree.map(lambda x: x * 10.0 ** jnp.asarray(draw.uniform(-9, 3, x.shape), jnp.float32), params) for _ in "123"]
+    course = [
+        jax.tree.map(
+            lambda x: x * 10.0 ** jnp.asarray(draw.uniform(-9, 3, x.shape), jnp.float32), params
+        )
+        for _ in "123"
+    ]
     for _, before, *_, after in run(tx, course, params, compiled=True):
         state = before.inner_state[0]
-        codes = [np.abs(np.asarray(x).astype(int)) for moment in (state.mu, state.nu) for x in moment.values()]
+        codes = [
+            np.abs(np.asarray(x).astype(int))
+            for moment in (state.mu, state.nu)
+            for x in moment.values()
+        ]
         most = [np.iinfo(x.dtype).max for moment in (state.mu, state.nu) for x in moment.values()]
-        ends = joined([(code == 1) | (code == top) for code, top in zip(codes, most, strict=True)]).mean()
-        np.testing.assert_allclose(aj.observations(after)["all/ends_share"], ends, rtol=1e-5)
+        ends = joined(
+            [(code == 1) | (code == top) for code, top in zip(codes, most, strict=True)]
+        ).mean()
+        np.testing.assert_allclose(
+            aj.observations(after)["all/saturated_fraction"], ends, rtol=1e-5
+        )
     assert 0.01 < ends < 1
 
 
@@ -358,20 +464,25 @@ def test_a_module_may_call_its_parameters_as_states_do():
 
     params = Encoder(some((8, 9), jnp.bfloat16), some((3,)))
     tx = aj.observe(aj.chain(aj.adam(RATE), aj.compensate()), every=1)
-    assert not {"all/skipped", "all/ends_share"} & names_after_a_step(tx, params)
+    assert not {"all/skipped", "all/saturated_fraction"} & names_after_a_step(tx, params)
 
 
 def test_steps_that_a_guard_skips():
     """They are counted, and their update is 0."""
     poison = COURSE[1] | {"w": COURSE[1]["w"].at[0, 0].set(jnp.nan)}
     for inner in (aj.adam(RATE), optax.sgd(RATE, 0.9)):
-        tx, keep = aj.observe(aj.skip_nonfinite(inner), every=1), ["w", "b", "s"] if isinstance(inner, aj.Transformation) else "w"
-        params, *course = ({k: tree[k] for k in keep} for tree in (PARAMS, COURSE[0], poison, COURSE[2]))
+        tx, keep = (
+            aj.observe(aj.skip_nonfinite(inner), every=1),
+            ["w", "b", "s"] if isinstance(inner, aj.extend.Transformation) else "w",
+        )
+        params, *course = (
+            {k: tree[k] for k in keep} for tree in (PARAMS, COURSE[0], poison, COURSE[2])
+        )
         found = [aj.observations(step[-1]) for step in run(tx, course, params)]
         assert [int(its["all/skipped"]) for its in found] == [0, 0, 1]
         assert np.isnan(found[1]["all/gradient_norm"])
         assert [float(its["all/update_rms"]) > 0 for its in found] == [True, False, True]
-        assert found[1]["all/update_rms"] == found[1].get("all/unmoved_share", 0) == 0
+        assert found[1]["all/update_rms"] == found[1].get("all/stalled_fraction", 0) == 0
 
 
 # Extremes.
@@ -381,22 +492,33 @@ def test_steps_that_a_guard_skips():
 def test_gradients_of_any_size(size):
     params = {"w": some((24, 20))}
     course = [jax.tree.map(lambda g: g * np.float32(size), {"w": some((24, 20))}) for _ in range(3)]
-    *_, step = run(aj.observe(aj.momentum(RATE, dampened=True), every=1, sample=ALL), course, params, compiled=True)
+    *_, step = run(
+        aj.observe(aj.momentum(RATE, dampened=True), every=1, sample=ALL),
+        course,
+        params,
+        compiled=True,
+    )
     found, g = aj.observations(step[-1]), wide(step[2]["w"])
     mean = moments_of(step[-1], "w")["mu"]
     np.testing.assert_allclose(found["all/gradient_norm"], np.linalg.norm(g), rtol=1e-5)
-    np.testing.assert_allclose(found["all/momentum_cosine"], (g * mean).mean() / rms(g) / rms(mean), rtol=1e-4)
+    np.testing.assert_allclose(
+        found["all/momentum_cosine"], (g * mean).mean() / rms(g) / rms(mean), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_poison_is_seen(poison):
     grads = {"w": COURSE[0]["w"].at[0, 0].set(poison), "s": COURSE[0]["s"]}
-    *_, step = run(aj.observe(aj.adam(RATE), every=1, sample=ALL), [grads], {name: PARAMS[name] for name in grads})
+    *_, step = run(
+        aj.observe(aj.adam(RATE), every=1, sample=ALL),
+        [grads],
+        {name: PARAMS[name] for name in grads},
+    )
     found = aj.observations(step[-1])
     np.testing.assert_equal(float(found["all/gradient_norm"]), poison)
     assert np.isnan(found["all/momentum_cosine"])
     if np.isnan(poison):  # of infinite moments Adam makes a step that is finite
-        for name in ("update_rms", "learning_rate_median", "signal_to_noise", "eps_share"):
+        for name in ("update_rms", "learning_rate_median", "signal_to_noise", "eps_fraction"):
             assert np.isnan(found[f"all/{name}"]), name
 
 
@@ -413,13 +535,18 @@ def test_what_a_run_has_decides_what_is_seen():
     small, half = jnp.ones(3), jnp.ones(3, jnp.bfloat16)
     always = {"step", "gradient_norm", "update_rms", "update_ratio"}
     mean = {"learning_rate_median", "learning_rate_p99", "momentum_cosine"}
-    square = {"eps_share", "normalized_gradient_rms", "signal_to_noise"}
+    square = {"eps_fraction", "normalized_gradient_rms", "signal_to_noise"}
     assert names(optax.sgd(0.1), w=small) == always
     assert names(aj.momentum(0.1), w=small) == always | mean
     assert names(aj.rmsprop(0.1), w=small) == names(aj.adam(0.1), w=small) == always | mean | square
-    assert names(aj.skip_nonfinite(aj.adam(0.1)), w=half) == always | mean | square | {"unmoved_share", "skipped"}
+    assert names(aj.skip_nonfinite(aj.adam(0.1)), w=half) == always | mean | square | {
+        "stalled_fraction",
+        "skipped",
+    }
     codes = aj.storage.Codes(smallest=0)
-    assert names(aj.adam(0.1, storage=codes), w=small) == always | mean | square | {"ends_share"}
+    assert names(aj.adam(0.1, storage=codes), w=small) == always | mean | square | {
+        "saturated_fraction"
+    }
 
 
 def test_a_history_outlives_the_state_it_is_from():
@@ -429,7 +556,9 @@ def test_a_history_outlives_the_state_it_is_from():
     first = step(tx.init(params), params)
     look = aj.observations(first)
     step(first, params)
-    assert float(look["all/gradient_norm"]) == pytest.approx(float(jnp.linalg.norm(params["w"])), rel=1e-6)
+    assert float(look["all/gradient_norm"]) == pytest.approx(
+        float(jnp.linalg.norm(params["w"])), rel=1e-6
+    )
 
 
 # Sampling.
@@ -438,12 +567,19 @@ def test_a_history_outlives_the_state_it_is_from():
 def test_a_sample_is_close_to_the_whole():
     params = {"w": some((512, 700)), "v": some((300, 7, 40)), "b": some((700,), jnp.bfloat16, 3.0)}
     course = [gradients(params) for _ in range(3)]
-    *_, step = run(aj.observe(aj.adam(RATE / 10, eps=EPS), every=1, sample=2**13), course, params, compiled=True)
-    slow = lambda *its: (made := adam(*its)) | {"rate": made["rate"] / 10}  # noqa: E731
+    *_, step = run(
+        aj.observe(aj.adam(RATE / 10, eps=EPS), every=1, sample=2**13),
+        course,
+        params,
+        compiled=True,
+    )
+    slow = lambda *its: (made := adam(*its)) | {"rate": made["rate"] / 10}
     few, whole = aj.observations(step[-1]), expected(step, 3, slow, list(params))
     np.testing.assert_allclose(few["all/gradient_norm"], whole["gradient_norm"], rtol=1e-5)
     for name, value in whole.items():
-        np.testing.assert_allclose(few.get(f"all/{name}", 0.0), value, rtol=0.06, atol=0.01, err_msg=name)
+        np.testing.assert_allclose(
+            few.get(f"all/{name}", 0.0), value, rtol=0.06, atol=0.01, err_msg=name
+        )
     np.testing.assert_raises(AssertionError, check, few, whole)
 
 
@@ -454,8 +590,12 @@ def test_a_leaf_counts_by_its_elements_not_by_its_sample():
     tx = aj.observe(aj.adam(RATE, eps=1e-6), every=1, sample=100)
     step = run(tx, [grads], params, compiled=True)[0]
     found = aj.observations(step[-1])
-    np.testing.assert_allclose(found["all/eps_share"], 1e5 / (1e5 + 16), rtol=1e-5)
-    np.testing.assert_allclose(found["all/update_ratio"], rms(joined(step[3].values())) / np.sqrt(16 / (1e5 + 16)), rtol=1e-4)
+    np.testing.assert_allclose(found["all/eps_fraction"], 1e5 / (1e5 + 16), rtol=1e-5)
+    np.testing.assert_allclose(
+        found["all/update_ratio"],
+        rms(joined(step[3].values())) / np.sqrt(16 / (1e5 + 16)),
+        rtol=1e-4,
+    )
 
 
 # When it looks.
@@ -468,7 +608,9 @@ def test_it_looks_at_the_first_step_and_every_so_many_after_it():
     steps = run(tx, [gradients() for _ in range(8)])
     found = [aj.observations(step[-1]) for step in steps]
     assert [int(its["step"]) for its in found] == [1, 1, 1, 4, 4, 4, 7, 7]
-    np.testing.assert_allclose(found[5]["all/gradient_norm"], expected(steps[3], 4, adam)["gradient_norm"], rtol=1e-5)
+    np.testing.assert_allclose(
+        found[5]["all/gradient_norm"], expected(steps[3], 4, adam)["gradient_norm"], rtol=1e-5
+    )
     assert bits(found[3]) == bits(found[5]) != bits(found[6])
 
 
@@ -477,18 +619,26 @@ LINKS = {
     "plain": lambda tx: tx,
     "rounded": lambda tx: aj.chain(tx, aj.round_stochastically()),
     "compensated": lambda tx: aj.chain(tx, aj.compensate()),
-    "guarded": lambda tx: aj.skip_nonfinite(aj.chain(tx, aj.average_parameters(0.9))),
+    "guarded": lambda tx: aj.skip_nonfinite(aj.chain(tx, aj.stages.average_parameters(0.9))),
 }
 
 
 @pytest.mark.parametrize(
     ("link", "storage"),
-    [("plain", "8bit"), ("rounded", "bfloat16"), ("compensated", "float32"), ("guarded", "float32")],
+    [
+        ("plain", "8bit"),
+        ("rounded", "bfloat16"),
+        ("compensated", "float32"),
+        ("guarded", "float32"),
+    ],
 )
 def test_a_run_that_is_observed_is_the_same_to_the_bit(link, storage):
     tx = LINKS[link](aj.adamw(RATE, storage=CODES if storage == "8bit" else storage))
     params, *course = ({k: tree[k] for k in ("w", "b")} for tree in (PARAMS, *COURSE))
-    plain, seen = (run(its, course, params, compiled=True, options=None) for its in (tx, aj.observe(tx, every=2)))
+    plain, seen = (
+        run(its, course, params, compiled=True, options=None)
+        for its in (tx, aj.observe(tx, every=2))
+    )
     for one, other in zip(plain, seen, strict=True):
         assert bits(one[3]) == bits(other[3])
         assert bits(one[4]) == bits(other[4].inner_state)
@@ -525,7 +675,7 @@ def test_off_it_is_not_there(monkeypatch):
         raise AssertionError("a probe where nothing observes")
 
     for hook in ("__init__", "follow", "end", "group"):
-        monkeypatch.setattr(_probe.Probe, hook, never)
+        monkeypatch.setattr(sampling.Probe, hook, never)
     lowered = step_of(tx).lower(*arguments)
     assert lowered.as_text() == text
     assert len(jax.tree.leaves(lowered.out_info)) == len(jax.tree.leaves(arguments[:2]))
@@ -533,17 +683,29 @@ def test_off_it_is_not_there(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("guard", "storage"), [(lambda tx: tx, "8bit"), (aj.skip_nonfinite, "float32")], ids=["plain", "guarded"]
+    ("guard", "storage"),
+    [(lambda tx: tx, "8bit"), (aj.skip_nonfinite, "float32")],
+    ids=["plain", "guarded"],
 )
 def test_on_it_copies_nothing(guard, storage):
-    """Temporary bytes of the compiled, donated step, against those of the step that is not observed."""
+    """Temporary bytes of the compiled, donated step, against those of the step that is not
+    observed.
+    """
     params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
 
     def temporary(tx):
-        compiled = step_of(tx).lower(params, jax.eval_shape(tx.init, params), params).compile(QUICKLY)
+        compiled = (
+            step_of(tx).lower(params, jax.eval_shape(tx.init, params), params).compile(QUICKLY)
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
-    summed = jax.jit(lambda x: jnp.sum(x * x)).lower(params["w"]).compile().memory_analysis().temp_size_in_bytes
+    summed = (
+        jax.jit(lambda x: jnp.sum(x * x))
+        .lower(params["w"])
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
     if summed > 10**5:
         pytest.skip("this version of XLA makes an array of all that it sums on a CPU")
     tx = guard(aj.adam(1e-3, storage=storage))
@@ -596,7 +758,9 @@ def test_in_flax():
     grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((2, 4)))))(model)
     with jax.disable_jit():
         optimizer.update(model, grads)
-    found = {name: float(jnp.asarray(x[...])) for name, x in aj.observations(optimizer.opt_state).items()}
+    found = {
+        name: float(jnp.asarray(x[...])) for name, x in aj.observations(optimizer.opt_state).items()
+    }
     arrays = {"kernel": np.full((4, 3), 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}
     np.testing.assert_allclose(found["bias/gradient_norm"], np.linalg.norm(arrays["bias"]))
     np.testing.assert_allclose(found["all/gradient_norm"], np.sqrt(15 * 4))
@@ -605,22 +769,28 @@ def test_in_flax():
     training = TrainState.create(apply_fn=None, params=arrays, tx=tx)
     with jax.disable_jit():
         training = training.apply_gradients(grads=arrays)
-    np.testing.assert_allclose(aj.observations(training.opt_state)["default/learning_rate_median"], RATE / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        aj.observations(training.opt_state)["default/learning_rate_median"], RATE / 2, rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("inner", [optax.adam(RATE), optax.chain(optax.clip(0.5), aj.adam(RATE))], ids=["adam", "chain"])
+@pytest.mark.parametrize(
+    "inner", [optax.adam(RATE), optax.chain(optax.clip(0.5), aj.adam(RATE))], ids=["adam", "chain"]
+)
 @pytest.mark.usefixtures("standard_promotion")
 def test_of_others_gradients_and_updates_are_seen(inner):
     params, *course = ({k: tree[k] for k in ("w", "b", "s")} for tree in (PARAMS, *COURSE))
     step = run(aj.observe(inner, every=1, sample=ALL), course, params, compiled=True)[-1]
     wanted = expected(step, STEPS, momentum, list(params))
-    seen = ("gradient_norm", "update_rms", "update_ratio", "unmoved_share")
+    seen = ("gradient_norm", "update_rms", "update_ratio", "stalled_fraction")
     found = aj.observations(step[-1])
     check(found, {name: wanted[name] for name in seen}, rtol=1e-4)
     assert found.keys() == {"step", *(f"all/{name}" for name in seen)}
 
 
-@pytest.mark.parametrize("outer", [lambda tx: aj.chain(tx, aj.compensate()), optax.chain], ids=["ours", "optax"])
+@pytest.mark.parametrize(
+    "outer", [lambda tx: aj.chain(tx, aj.compensate()), optax.chain], ids=["ours", "optax"]
+)
 def test_inside_of_chains(outer):
     params, *course = ({"w": tree["w"]} for tree in (PARAMS, *COURSE))
     seen = aj.observe(aj.adam(RATE, eps=EPS), every=1, sample=ALL)
@@ -632,7 +802,10 @@ def test_inside_of_chains(outer):
 
 def test_a_history_is_a_csv():
     """As docs/diagnose.md writes it: names to columns, numbers that come back."""
-    history = [jax.device_get(aj.observations(step[-1])) for step in run(aj.observe(aj.adam(RATE), every=1))]
+    history = [
+        jax.device_get(aj.observations(step[-1]))
+        for step in run(aj.observe(aj.adam(RATE), every=1))
+    ]
     file = io.StringIO()
     writer = csv.DictWriter(file, sorted(history[0]))
     writer.writeheader()
@@ -645,7 +818,8 @@ def test_a_history_is_a_csv():
 # The life of a state.
 
 
-# Orbax of JAX 0.6's time warns that it takes the sharding from the checkpoint, as the template has none.
+# Orbax of JAX 0.6's time warns that it takes the sharding from the checkpoint, as the template has
+# none.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring:UserWarning")
 def test_what_others_do_with_a_state(tmp_path):
     params, *course = ({k: tree[k] for k in ("w", "b")} for tree in (PARAMS, *COURSE))
@@ -666,7 +840,12 @@ def test_what_others_do_with_a_state(tmp_path):
     shardings = aj.state_shardings(tx, params, {"w": P("data"), "b": P()}, mesh=mesh)
     assert {its.spec for its in jax.tree.leaves((shardings.step, shardings.observed))} == {P()}
     assert sorted(map(str, jax.tree.leaves(shardings.inner_state))) == sorted(
-        map(str, jax.tree.leaves(aj.state_shardings(plain, params, {"w": P("data"), "b": P()}, mesh=mesh)))
+        map(
+            str,
+            jax.tree.leaves(
+                aj.state_shardings(plain, params, {"w": P("data"), "b": P()}, mesh=mesh)
+            ),
+        )
     )
 
     import orbax.checkpoint as ocp
@@ -702,22 +881,34 @@ REFUSED = {
         ValueError,
         "observe()",
     ),
-    "every for ever": (lambda: aj.observe(aj.adam(0.1), every=10**12), ValueError, "every: found 1000000000000; expected fewer"),
+    "every for ever": (
+        lambda: aj.observe(aj.adam(0.1), every=10**12),
+        ValueError,
+        "every: found 1000000000000; expected fewer",
+    ),
     "a group called all": (
         lambda: aj.observe(aj.skip_nonfinite(aj.by_path({"all": {}}, aj.adam(0.1)))),
         ValueError,
         "a group 'all', which is the name of everything; write its pattern as 'all()'",
     ),
     "a run not observed": (
-        lambda: aj.observe(aj.adam(0.1)).update(PARAMS["w"], aj.adam(0.1).init(PARAMS["w"]), PARAMS["w"]),
+        lambda: aj.observe(aj.adam(0.1)).update(
+            PARAMS["w"], aj.adam(0.1).init(PARAMS["w"]), PARAMS["w"]
+        ),
         ValueError,
         "observe: update: observe(",
         "got the state of another transformation",
         "convert_state(state, from_tx, to_tx, params)",
     ),
-    "nothing observed": (lambda: aj.observations(aj.adam(0.1).init(PARAMS)), ValueError, "found 0 observers"),
+    "nothing observed": (
+        lambda: aj.observations(aj.adam(0.1).init(PARAMS)),
+        ValueError,
+        "found 0 observers",
+    ),
     "two": (
-        lambda: aj.observations(aj.chain(aj.observe(aj.adam(0.1)), aj.observe(optax.identity())).init(PARAMS)),
+        lambda: aj.observations(
+            aj.chain(aj.observe(aj.adam(0.1)), aj.observe(optax.identity())).init(PARAMS)
+        ),
         ValueError,
         "found 2 observers",
     ),
@@ -736,9 +927,17 @@ def test_refused(case):
 
 def test_on_eight_devices_it_sees_the_same_and_gathers_no_array():
     """Of means in float32 and of squares in 8 bits."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    more = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {more}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     alone, cut, sizes = json.loads(done.stdout.splitlines()[-1])
     for name, value in alone.items():
@@ -756,11 +955,16 @@ def main():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     params = {"w": some((256, 512)), "v": some((64, 1024)), "b": some((64,))}
     grads = [gradients(params) for _ in range(2)]
-    tx = aj.observe(aj.adam(RATE, eps=EPS, storage=("float32", "8bit")), every=1, sample=SHARDED_SAMPLE)
+    tx = aj.observe(
+        aj.adam(RATE, eps=EPS, storage=("float32", "8bit")), every=1, sample=SHARDED_SAMPLE
+    )
     split = {"w": P("data"), "v": P(None, "data"), "b": P()}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in split.items()}
     found = []
-    for place, states in ((lambda tree: tree, None), (functools.partial(jax.device_put, device=shardings), shardings)):
+    for place, states in (
+        (lambda tree: tree, None),
+        (functools.partial(jax.device_put, device=shardings), shardings),
+    ):
         held = place(params)
         out = None if states is None else aj.state_shardings(tx, held, states)
         state = jax.jit(tx.init, out_shardings=out)(held)

@@ -16,16 +16,16 @@ import optax
 import pytest
 
 import adam_jax
-from adam_jax import _doctor
-from adam_jax.__main__ import main
+from adam_jax._cli import doctor
+from adam_jax._cli.main import main
 
 ROOT = Path(__file__).parent.parent
 
 
 def verdicts(*names):
     """Of some checks."""
-    checks = {check.name: check for check in _doctor._checks()}
-    return {name: _doctor._run(checks[name])["ok"] for name in names}
+    checks = {check.name: check for check in doctor._checks()}
+    return {name: doctor._run(checks[name])["ok"] for name in names}
 
 
 def test_all_is_well_here(capsys):
@@ -38,7 +38,10 @@ def test_all_is_well_here(capsys):
     assert found["jax"]["backend"] == "cpu"
     assert found["jax"]["devices"][0]["count"] == len(jax.devices())
     assert found["jax"]["x64"] is False
-    assert all(its["version"] or its["install"].startswith("pip install ") for its in found["optional"].values())
+    assert all(
+        its["version"] or its["install"].startswith("pip install ")
+        for its in found["optional"].values()
+    )
     assert [check["name"] for check in found["checks"] if not check["ok"]] == []
     assert len(found["checks"]) == 9
 
@@ -46,7 +49,7 @@ def test_all_is_well_here(capsys):
 def test_x64_and_the_environment_are_seen(x64, monkeypatch):
     monkeypatch.setenv("XLA_SOMETHING", "1")
     monkeypatch.setenv("SECRET", "1")
-    found = _doctor.examine()
+    found = doctor.examine()
     assert found["jax"]["x64"] is True
     assert found["environment"]["XLA_SOMETHING"] == "1"
     assert "SECRET" not in found["environment"]
@@ -55,7 +58,7 @@ def test_x64_and_the_environment_are_seen(x64, monkeypatch):
 
 def test_the_table_is_plain_when_piped_and_drawn_in_a_terminal(capsys, monkeypatch):
     pytest.importorskip("rich")
-    monkeypatch.setattr(_doctor, "_checks", lambda: _doctor_checks()[:1])
+    monkeypatch.setattr(doctor, "_checks", lambda: _doctor_checks()[:1])
     assert main(["doctor"]) == 0
     plain = capsys.readouterr().out
     assert "\x1b" not in plain
@@ -72,7 +75,7 @@ def test_the_table_is_plain_when_piped_and_drawn_in_a_terminal(capsys, monkeypat
     assert "\x1b[" in sys.stdout.getvalue()
 
 
-_doctor_checks = _doctor._checks
+_doctor_checks = doctor._checks
 
 
 def test_what_is_not_installed_says_what_it_would_give(capsys, monkeypatch):
@@ -84,7 +87,7 @@ def test_what_is_not_installed_says_what_it_would_give(capsys, monkeypatch):
         return found(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(_doctor, "_checks", list)
+    monkeypatch.setattr(doctor, "_checks", list)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert 'not installed  event files: --log-dir: pip install -e ".[log]"' in said
@@ -92,9 +95,9 @@ def test_what_is_not_installed_says_what_it_would_give(capsys, monkeypatch):
 
 
 def test_a_failure_says_what_to_do(capsys, monkeypatch):
-    failing = _doctor._Check("a check", lambda: (False, "no good"), "Mend it")
-    raising = _doctor._Check("another", lambda: 1 // 0, "Divide by less")
-    monkeypatch.setattr(_doctor, "_checks", lambda: [failing, raising])
+    failing = doctor._Check("a check", lambda: (False, "no good"), "Mend it")
+    raising = doctor._Check("another", lambda: 1 // 0, "Divide by less")
+    monkeypatch.setattr(doctor, "_checks", lambda: [failing, raising])
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "FAILED  no good\n" in said
@@ -105,35 +108,43 @@ def test_a_failure_says_what_to_do(capsys, monkeypatch):
 
 def test_the_oldest_versions_are_those_of_the_project():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert [f"{name}>={least}" for name, least in _doctor.OLDEST.items()] == wanted
+    assert [f"{name}>={least}" for name, least in doctor.OLDEST.items()] == wanted
 
 
-@pytest.mark.parametrize(("version", "ok"), [("0.5.3", False), ("0.6.0", True), ("0.10.0.dev1", True), ("1.0", True)])
+@pytest.mark.parametrize(
+    ("version", "ok"), [("0.5.3", False), ("0.6.0", True), ("0.10.0.dev1", True), ("1.0", True)]
+)
 def test_an_old_version_fails(monkeypatch, version, ok):
-    monkeypatch.setattr(_doctor, "_version", lambda name: version if name == "jax" else "9.9.9")
-    found, said = _doctor._new_enough()
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "jax" else "9.9.9")
+    found, said = doctor._new_enough()
     assert found is ok
     assert ok or said.startswith("jax 0.5.3 is older than")
 
 
 def test_the_exact_path_is_adams(standard_promotion):
-    gradients = _doctor._gradients()
-    tx, at = optax.adam(_doctor.RATE, _doctor.B1, _doctor.B2, _doctor.EPS), jnp.zeros(_doctor.SHAPE)
+    gradients = doctor._gradients()
+    tx, at = optax.adam(doctor.RATE, doctor.B1, doctor.B2, doctor.EPS), jnp.zeros(doctor.SHAPE)
     state = tx.init(at)
     for grads in gradients:
         updates, state = tx.update(grads, state)
         at = optax.apply_updates(at, updates)
-    np.testing.assert_allclose(at, _doctor._exact(gradients), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(at, doctor._exact(gradients), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"b2": 0.99}, {"b1": 0.8}, {"learning_rate": 0.02}], ids=str)
 def test_wrong_numbers_fail(monkeypatch, wrong):
-    adam, defaults = adam_jax.adam, {"learning_rate": _doctor.RATE, "b1": _doctor.B1, "b2": _doctor.B2}
-    monkeypatch.setattr(_doctor, "adam", lambda *_, storage: adam(**(defaults | wrong), storage=storage))
+    adam, defaults = adam_jax.adam, {"learning_rate": doctor.RATE, "b1": doctor.B1, "b2": doctor.B2}
+    monkeypatch.setattr(
+        doctor, "adam", lambda *_, storage: adam(**(defaults | wrong), storage=storage)
+    )
     found = verdicts("Adam, float32 moments", "Adam, bfloat16 moments", "Adam, 8bit moments")
     assert not found["Adam, float32 moments"]
     # What is less than the error of narrow moments themselves passes.
-    assert found["Adam, bfloat16 moments"] == found["Adam, 8bit moments"] == ("learning_rate" not in wrong)
+    assert (
+        found["Adam, bfloat16 moments"]
+        == found["Adam, 8bit moments"]
+        == ("learning_rate" not in wrong)
+    )
 
 
 def test_rounding_to_nearest_fails(monkeypatch):
@@ -159,21 +170,26 @@ sys.exit(main(["doctor"]))
 """
 
 
-def doctor(code, **environment):
+def run_doctor(code, **environment):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
     command = [sys.executable, *code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_it_needs_jax_and_optax_alone_and_eight_devices_share_a_state():
-    done = doctor(["-c", BARE], XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    done = run_doctor(["-c", BARE], XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\nAll is well.\n")
     assert "8 of them give the bits of one" in done.stdout
 
 
 def test_a_backend_that_does_not_start_is_found():
-    done = doctor(["-m", "adam_jax", "doctor"], JAX_PLATFORMS="nowhere")
+    done = run_doctor(["-m", "adam_jax", "doctor"], JAX_PLATFORMS="nowhere")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "devices: JAX cannot start: unset JAX_PLATFORMS, or install the jax that its devices need.\n" in done.stdout
+    assert (
+        "devices: JAX cannot start: unset JAX_PLATFORMS, or install the jax that its devices "
+        "need.\n" in done.stdout
+    )

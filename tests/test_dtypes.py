@@ -1,7 +1,7 @@
 """In which dtype updates leave: the wider of the gradient's and the parameter's.
 
-The oracles are the run whose gradients are widened before it, Adam in long double, and small cases computed by hand.
-"""
+The oracles are the run whose gradients are widened before it, Adam in long double, and small cases
+computed by hand."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from helpers import QUICKLY, avals, normals, same
 
 import adam_jax as aj
 from adam_jax import presets
-from adam_jax._tree import wider_dtype
+from adam_jax._core.leaves import wider_dtype
 
 BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 MEMBERS = {name: getattr(aj, name) for name in aj.family.__all__}
@@ -28,14 +28,22 @@ def gradients(steps, dtype=BFLOAT16, seed=2):
     rng = np.random.default_rng(seed)
 
     def leaf(p):
-        drawn = rng.standard_normal((steps, *p.shape)) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros((steps, *p.shape))
-        return jnp.asarray(drawn, BFLOAT16).astype(dtype if jnp.issubdtype(p.dtype, jnp.inexact) else p.dtype)
+        drawn = (
+            rng.standard_normal((steps, *p.shape))
+            if jnp.issubdtype(p.dtype, jnp.inexact)
+            else np.zeros((steps, *p.shape))
+        )
+        return jnp.asarray(drawn, BFLOAT16).astype(
+            dtype if jnp.issubdtype(p.dtype, jnp.inexact) else p.dtype
+        )
 
     return jax.tree.map(leaf, PARAMS)
 
 
 def course(tx, params, grads):
-    """Parameters, state and the updates of every step, of a scan: it refuses a state or parameters that change their types."""
+    """Parameters, state and the updates of every step, of a scan: it refuses a state or parameters
+    that change their types.
+    """
 
     def step(carry, g):
         params, state = carry
@@ -48,21 +56,28 @@ def course(tx, params, grads):
 
 
 def both(txs, steps=100):
-    """By name: the course of each transformation along bfloat16 gradients, and along the same numbers in float32."""
+    """By name: the course of each transformation along bfloat16 gradients, and along the same
+    numbers in float32.
+    """
     low, high = gradients(steps), gradients(steps, FLOAT32)
     return jax.jit(
-        lambda: {name: (course(tx, PARAMS, low), course(tx, PARAMS, high)) for name, tx in txs.items()}, compiler_options=QUICKLY
+        lambda: {
+            name: (course(tx, PARAMS, low), course(tx, PARAMS, high)) for name, tx in txs.items()
+        },
+        compiler_options=QUICKLY,
     )()
 
 
 def agree(low, high):
     """Equal structures, shapes and dtypes, and numbers that differ by less than roundings do.
 
-    These are two programs: each may fuse other products with sums, which changes the last bit of a step, 2⁻²⁴. In 100 steps that
-    is 1e-5 at most. An update that was rounded to bfloat16 is 2e-3 off. Codes and bfloat16 numbers may then round to a neighbour.
-    """
+    These are two programs: each may fuse other products with sums, which changes the last bit of a
+    step, 2⁻²⁴. In 100 steps that is 1e-5 at most. An update that was rounded to bfloat16 is 2e-3
+    off. Codes and bfloat16 numbers may then round to a neighbour."""
     assert jax.tree.structure(low) == jax.tree.structure(high)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(low), jax.tree.leaves(high), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(low), jax.tree.leaves(high), strict=True
+    ):
         place = jax.tree_util.keystr(path)
         assert (x.dtype, x.shape) == (y.dtype, y.shape), place
         if x.dtype.itemsize >= 4:
@@ -89,7 +104,9 @@ def test_bfloat16_gradients_move_float32_parameters_as_float32_ones_do(member):
 @functools.cache
 def stages():
     """Chained by Optax, which rounds no updates itself."""
-    return both({name: optax.chain(*member(0.1).stages) for name, member in MEMBERS.items()}, steps=20)
+    return both(
+        {name: optax.chain(*member(0.1).stages) for name, member in MEMBERS.items()}, steps=20
+    )
 
 
 def test_chained_by_optax_they_do_so_too(member):
@@ -99,15 +116,17 @@ def test_chained_by_optax_they_do_so_too(member):
 
 
 WRAPPED = {
-    "chain": aj.chain(aj.chain(aj.adamw(0.1)), aj.cautious()),
+    "chain": aj.chain(aj.chain(aj.adamw(0.1)), aj.stages.cautious()),
     "by_path": aj.by_path({"w": {"weight_decay": 0.0}, "b": aj.yogi(0.1)}, aj.adamw(0.1)),
-    "by_path in a chain": aj.chain(aj.by_path({"w": "frozen"}, aj.adamw(0.1)), aj.average_parameters(0.9)),
+    "by_path in a chain": aj.chain(
+        aj.by_path({"w": "frozen"}, aj.adamw(0.1)), aj.stages.average_parameters(0.9)
+    ),
     "by_path of a stage": aj.by_path({"w": aj.scale_by_learning_rate(0.1)}, aj.adamw(0.1)),
     "skip_nonfinite": aj.skip_nonfinite(aj.adamw(0.1)),
-    "skip_spikes": aj.skip_spikes(aj.chain(aj.adamw(0.1), aj.average_parameters(0.9))),
+    "skip_spikes": aj.skip_spikes(aj.chain(aj.adamw(0.1), aj.stages.average_parameters(0.9))),
     "observe": aj.observe(aj.skip_nonfinite(aj.adamw(0.1)), every=3),
-    "average_parameters": aj.chain(aj.adamw(0.1), aj.average_parameters(0.9)),
-    "optax.chain of averages": optax.chain(aj.adamw(0.1), aj.average_parameters(0.9)),
+    "average_parameters": aj.chain(aj.adamw(0.1), aj.stages.average_parameters(0.9)),
+    "optax.chain of averages": optax.chain(aj.adamw(0.1), aj.stages.average_parameters(0.9)),
     "8bit": aj.adamw(0.1, storage=aj.storage.Codes(smallest=0)),
     "round_stochastically": aj.chain(aj.adamw(0.1), aj.round_stochastically()),
     "compensate": aj.chain(aj.adamw(0.1), aj.compensate()),
@@ -137,11 +156,17 @@ def test_adam_with_bfloat16_gradients_against_long_double():
     start = np.zeros(grads.shape[1], np.float32)
     expected = np.stack(list(papers.adam(grads, start, 0.1, 0.9, 0.999, 1e-8)))
     found = course(aj.adam(0.1), jnp.asarray(start), jnp.asarray(grads, BFLOAT16))[2]
-    np.testing.assert_allclose(np.cumsum(found, 0, dtype=np.longdouble), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        np.cumsum(found, 0, dtype=np.longdouble), expected, rtol=0, atol=1e-5
+    )
 
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
-PAIRS = [(g, p) for g, p in itertools.product(DTYPES, DTYPES) if p.startswith("complex") or not g.startswith("complex")]
+PAIRS = [
+    (g, p)
+    for g, p in itertools.product(DTYPES, DTYPES)
+    if p.startswith("complex") or not g.startswith("complex")
+]
 """Dtypes of a gradient and of its parameter. A real parameter has no complex gradient."""
 KINDS = {
     "adam": aj.adam(0.1),
@@ -153,8 +178,15 @@ KINDS = {
     "nadamw": aj.nadamw(0.1),
     "adopt": aj.adopt(0.1),
     "rmsprop": aj.rmsprop(0.1, centered=True),
-    "links": aj.chain(aj.adamw(0.1), aj.cautious(), aj.clip_update_rms(), aj.average_parameters(0.9)),
-    "by_path": aj.by_path({"bfloat16/.*": {"b1": 0.5}, "float32/.*": "frozen"}, default=aj.adamw(0.1)),
+    "links": aj.chain(
+        aj.adamw(0.1),
+        aj.stages.cautious(),
+        aj.stages.clip_update_rms(),
+        aj.stages.average_parameters(0.9),
+    ),
+    "by_path": aj.by_path(
+        {"bfloat16/.*": {"b1": 0.5}, "float32/.*": "frozen"}, default=aj.adamw(0.1)
+    ),
     "skip_nonfinite": aj.skip_nonfinite(aj.adam(0.1)),
 }
 
@@ -187,7 +219,7 @@ def test_float64_gradients_are_computed_in_float64_and_stored_in_float32(x64):
 def test_float32_gradients_of_float64_parameters_are_computed_in_float64(x64):
     p = jnp.asarray([1 / 3, -1e-3])
     low = [normals(2, seed=seed) for seed in range(3)]
-    tx = aj.chain(aj.adamw(0.1, weight_decay=0.1), aj.cautious())
+    tx = aj.chain(aj.adamw(0.1, weight_decay=0.1), aj.stages.cautious())
     found = course(tx, p, jnp.stack(low))
     same(found, course(tx, p, jnp.stack(low).astype("float64")))
 
@@ -195,7 +227,14 @@ def test_float32_gradients_of_float64_parameters_are_computed_in_float64(x64):
 def test_without_parameters_updates_have_the_gradients_dtype(member):
     params = {"w": jnp.ones(2), "h": jnp.ones(2, BFLOAT16)}
     grads = {"w": jnp.ones(2, BFLOAT16), "h": jnp.ones(2)}
-    tx = aj.chain(*(s for s in member(0.1).stages if s.init.spec.build not in (aj.add_decayed_weights, aj.scale_by_trust_ratio)))
+    tx = aj.chain(
+        *(
+            s
+            for s in member(0.1).stages
+            if s.init.spec.constructor
+            not in (aj.add_decayed_weights, aj.stages.scale_by_trust_ratio)
+        )
+    )
     assert dtypes(tx.update(grads, tx.init(params))[0]) == dtypes(grads)
 
 
@@ -205,7 +244,9 @@ def test_an_update_by_hand():
     for tx in (stage, optax.chain(stage), aj.chain(stage)):
         updates = tx.update(jnp.ones(1, BFLOAT16), tx.init(jnp.ones(1)), jnp.ones(1))[0]
         np.testing.assert_array_equal(updates, np.float32([-0.1]))
-        updates = tx.update(jnp.ones(1, BFLOAT16), tx.init(jnp.ones(1, BFLOAT16)), jnp.ones(1, BFLOAT16))[0]
+        updates = tx.update(
+            jnp.ones(1, BFLOAT16), tx.init(jnp.ones(1, BFLOAT16)), jnp.ones(1, BFLOAT16)
+        )[0]
         assert updates.dtype == BFLOAT16
         np.testing.assert_array_equal(updates.astype(FLOAT32), np.float32([-0.10009765625]))
     tx = aj.chain(aj.scale_by_learning_rate(0.1))
@@ -214,7 +255,9 @@ def test_an_update_by_hand():
 
 
 def test_behind_other_stages_optax_chain_is_told_the_gradients_dtype():
-    """A float32 update of a bfloat16 parameter does not tell what its gradient was: without it the parameter's dtype is taken."""
+    """A float32 update of a bfloat16 parameter does not tell what its gradient was: without it the
+    parameter's dtype is taken.
+    """
     tx = optax.chain(*aj.adam(0.1).stages)
     params = jnp.ones(2, BFLOAT16)
     for dtype, said in itertools.product((BFLOAT16, FLOAT32), (False, True)):
@@ -225,9 +268,11 @@ def test_behind_other_stages_optax_chain_is_told_the_gradients_dtype():
     assert tx.update(g, tx.init(params), params, gradient={"another": g})[0].dtype == BFLOAT16
 
 
-@pytest.mark.parametrize("guard", [aj.skip_nonfinite, functools.partial(aj.skip_spikes, window=4, warmup=2)])
+@pytest.mark.parametrize(
+    "guard", [aj.skip_nonfinite, functools.partial(aj.skip_spikes, window=4, warmup=2)]
+)
 def test_a_skipped_step_has_the_updates_of_a_taken_one(guard):
-    tx = guard(aj.chain(aj.adam(0.1), aj.average_parameters(0.9)))
+    tx = guard(aj.chain(aj.adam(0.1), aj.stages.average_parameters(0.9)))
     grads = gradients(6)
     grads["w"] = grads["w"].at[4].set(jnp.nan)
     params, _, updates = course(tx, PARAMS, grads)
@@ -236,19 +281,40 @@ def test_a_skipped_step_has_the_updates_of_a_taken_one(guard):
     assert np.all(updates["w"][np.array([0, 1, 2, 3, 5])] != 0)
 
 
-@pytest.mark.parametrize("around", [lambda tx: tx, aj.chain, aj.skip_nonfinite], ids=["alone", "chain", "skip_nonfinite"])
+@pytest.mark.parametrize(
+    "around", [lambda tx: tx, aj.chain, aj.skip_nonfinite], ids=["alone", "chain", "skip_nonfinite"]
+)
 def test_a_group_fares_as_it_would_alone(around):
-    """The update of a leaf is the one that the leaf's own optimizer gives, and of a frozen leaf −0 in the same dtype."""
-    params = {"a": normals(3), "b": normals(3, seed=1), "h": normals(3, dtype=BFLOAT16), "z": normals(3, dtype=BFLOAT16)}
-    grads = {"a": jnp.ones(3, BFLOAT16), "b": jnp.ones(3, BFLOAT16), "h": jnp.ones(3), "z": jnp.ones(3)}
+    """The update of a leaf is the one that the leaf's own optimizer gives, and of a frozen leaf −0
+    in the same dtype.
+    """
+    params = {
+        "a": normals(3),
+        "b": normals(3, seed=1),
+        "h": normals(3, dtype=BFLOAT16),
+        "z": normals(3, dtype=BFLOAT16),
+    }
+    grads = {
+        "a": jnp.ones(3, BFLOAT16),
+        "b": jnp.ones(3, BFLOAT16),
+        "h": jnp.ones(3),
+        "z": jnp.ones(3),
+    }
     tx = around(aj.by_path({"a": aj.adam(0.1), "b|z": "frozen"}, aj.yogi(0.1)))
     updates = tx.update(grads, tx.init(params), params)[0]
-    for name, alone in {"a": aj.adam(0.1), "b": aj.adam(0.1), "h": aj.yogi(0.1), "z": aj.yogi(0.1)}.items():
+    for name, alone in {
+        "a": aj.adam(0.1),
+        "b": aj.adam(0.1),
+        "h": aj.yogi(0.1),
+        "z": aj.yogi(0.1),
+    }.items():
         expected = alone.update(grads[name], alone.init(params[name]), params[name])[0]
         same(updates[name], -jnp.zeros_like(expected) if name in "bz" else expected)
 
 
-@pytest.mark.parametrize("link", [aj.round_stochastically(), aj.compensate()], ids=["round_stochastically", "compensate"])
+@pytest.mark.parametrize(
+    "link", [aj.round_stochastically(), aj.compensate()], ids=["round_stochastically", "compensate"]
+)
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
 def test_links_that_round_keep_exact_updates(link, dtype, standard_promotion):
     params = {"h": normals(64, dtype=BFLOAT16), "w": normals(64)}
@@ -260,7 +326,7 @@ def test_links_that_round_keep_exact_updates(link, dtype, standard_promotion):
     np.testing.assert_array_equal(exact, exact.astype(BFLOAT16).astype(FLOAT32))
 
 
-AVERAGED = aj.chain(aj.adam(1e-3), aj.average_parameters(0.5))
+AVERAGED = aj.chain(aj.adam(1e-3), aj.stages.average_parameters(0.5))
 AROUND = {
     "chain": AVERAGED,
     "group": aj.by_path({"other": "frozen"}, AVERAGED),
@@ -269,7 +335,9 @@ AROUND = {
 
 
 @pytest.mark.parametrize("tx", AROUND.values(), ids=AROUND)
-@pytest.mark.parametrize(("gradient", "param"), list(itertools.product(["bfloat16", "float16", "float32"], repeat=2)))
+@pytest.mark.parametrize(
+    ("gradient", "param"), list(itertools.product(["bfloat16", "float16", "float32"], repeat=2))
+)
 def test_an_average_is_of_the_parameters_that_the_caller_holds(gradient, param, tx):
     params = {"w": normals(50, dtype=param), "other": jnp.ones(1)}
     state, path = tx.init(params), []
@@ -280,13 +348,17 @@ def test_an_average_is_of_the_parameters_that_the_caller_holds(gradient, param, 
         path.append(np.asarray(params["w"].astype(FLOAT32), np.longdouble))
     weights = 0.5 ** np.arange(5)[::-1]
     expected = np.tensordot(weights / weights.sum(), np.stack(path), 1)
-    np.testing.assert_allclose(aj.averaged_parameters(state)["w"], expected.astype(float), rtol=1e-6)
+    np.testing.assert_allclose(
+        aj.stages.averaged_parameters(state)["w"], expected.astype(float), rtol=1e-6
+    )
 
 
 def test_optax_has_the_same_dtypes(standard_promotion):
     for g, p in itertools.product((BFLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
         grads, params = jnp.ones(2, g), jnp.ones(2, p)
-        ours, theirs = (tx.update(grads, tx.init(params), params)[0] for tx in (aj.adam(0.1), optax.adam(0.1)))
+        ours, theirs = (
+            tx.update(grads, tx.init(params), params)[0] for tx in (aj.adam(0.1), optax.adam(0.1))
+        )
         assert ours.dtype == theirs.dtype == (BFLOAT16 if g == p == BFLOAT16 else FLOAT32)
 
 

@@ -1,4 +1,6 @@
-"""Adam to the last bits: float32 against long double, changing decays, half precision, huge and zero gradients."""
+"""Adam to the last bits: float32 against long double, changing decays, half precision, huge and
+zero gradients.
+"""
 
 import functools
 
@@ -33,12 +35,19 @@ def updates_at(optimizers, grads, times):
             state, found = carry
             g, row = each
             update, state = tx.update(g, state)
-            return (state, found.at[row].set(update)), None  # a row is written until its step has come
+            return (
+                state,
+                found.at[row].set(update),
+            ), None  # a row is written until its step has come
 
         first = tx.init(jnp.zeros(grads.shape[1:])), jnp.zeros((len(times), *grads.shape[1:]))
         return jax.lax.scan(step, first, (jnp.asarray(grads), rows))[0][1]
 
-    return jax.device_get(jax.jit(lambda: {name: run(tx) for name, tx in optimizers.items()}, compiler_options=QUICKLY)())
+    return jax.device_get(
+        jax.jit(
+            lambda: {name: run(tx) for name, tx in optimizers.items()}, compiler_options=QUICKLY
+        )()
+    )
 
 
 @functools.cache
@@ -48,7 +57,9 @@ def found_updates():
 
 @functools.cache
 def exact_updates(rounded_state=False):
-    """Algorithm 1 for all six β₂ at once, at each of `TIMES`, as (times, decays, size); rounded_state: with float32 moments."""
+    """Algorithm 1 for all six β₂ at once, at each of `TIMES`, as (times, decays, size);
+    rounded_state: with float32 moments.
+    """
     beta2 = np.array([papers.dec(b) for b in DECAYS])[:, None]
     m, v = np.zeros((1, SIZE), papers.L), np.zeros((len(DECAYS), SIZE), papers.L)
     beta1, found = papers.dec(0.9), []
@@ -69,9 +80,9 @@ def errors(found, expected):
 def test_update_against_long_double(b2):
     """Median ≤ 3e-7 and 99th percentile ≤ 1e-5, but for ten thousand steps at β₂ ≥ 0.9999.
 
-    There the last bit of a float32 ν is the limit, and no arithmetic between two roundings can help: the transcription with
-    its moments rounded to float32 after every step, and nothing else, errs by 4e-7 to 6e-7. We may err no more than it.
-    """
+    There the last bit of a float32 ν is the limit, and no arithmetic between two roundings can
+    help: the transcription with its moments rounded to float32 after every step, and nothing else,
+    errs by 4e-7 to 6e-7. We may err no more than it."""
     i = DECAYS.index(b2)
     for t, update, expected, floor in zip(
         TIMES, found_updates()[b2], exact_updates()[:, i], exact_updates(True)[:, i], strict=True
@@ -88,10 +99,21 @@ def test_scheduled_decays_against_long_double(which):
     rng = np.random.default_rng(3)
     betas1 = (1 - 10 ** rng.uniform(-2, -0.3, steps)).astype(np.float32)
     betas2 = (1 - 10 ** rng.uniform(-5, -1, steps)).astype(np.float32)
-    options = {"b1": {"b1": betas1}, "b2": {"b2": betas2}, "both": {"b1": betas1, "b2": betas2}}[which]
-    tx = aj.adam(1.0, **{name: lambda t, values=values: jnp.asarray(values)[t] for name, values in options.items()})
+    options = {"b1": {"b1": betas1}, "b2": {"b2": betas2}, "both": {"b1": betas1, "b2": betas2}}[
+        which
+    ]
+    tx = aj.adam(
+        1.0,
+        **{
+            name: lambda t, values=values: jnp.asarray(values)[t]
+            for name, values in options.items()
+        },
+    )
     grads = gradients(steps)[:, :size]
-    every = [options[name] if name in options else [papers.dec(b)] * steps for name, b in [("b1", 0.9), ("b2", 0.999)]]
+    every = [
+        options[name] if name in options else [papers.dec(b)] * steps
+        for name, b in [("b1", 0.9), ("b2", 0.999)]
+    ]
     path = [np.zeros(size), *papers.adam_scheduled(grads, np.zeros(size), 1, *every)]
     times = (1, 2, 10, 100, 1000)
     for t, update in zip(times, updates_at({"adam": tx}, grads, times)["adam"], strict=True):
@@ -101,7 +123,9 @@ def test_scheduled_decays_against_long_double(which):
 
 
 def test_step_change_of_b2_keeps_the_size():
-    """A constant gradient makes updates of the learning rate's size whatever the decays do; 1 − β₂ᵗ would make them 0.31."""
+    """A constant gradient makes updates of the learning rate's size whatever the decays do; 1 − β₂ᵗ
+    would make them 0.31.
+    """
     tx = aj.adam(0.1, b2=lambda count: jnp.where(count < 100, 0.9, 0.999))
     grads = np.full((300, 1), 0.37, np.float32)
     found = updates_at({"adam": tx}, grads, range(1, 301))["adam"]
@@ -110,11 +134,16 @@ def test_step_change_of_b2_keeps_the_size():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_spike_is_forgotten(dtype):
-    """g = 100 once, then 10,000 steps of 0.01. A bfloat16 ν stands at 10 for ever; the exact one has come down to 0.00055."""
+    """g = 100 once, then 10,000 steps of 0.01.
+
+    A bfloat16 ν stands at 10 for ever; the exact one has come down to 0.00055.
+    """
     steps, spike, after = 10_000, *(float(jnp.asarray(g, dtype)) for g in (100.0, 0.01))
     tx = aj.adam(1e-3)
     grads = jnp.concatenate([jnp.full((1, 1), spike, dtype), jnp.full((steps, 1), after, dtype)])
-    state = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(jnp.zeros(1, dtype)), grads)[0]
+    state = jax.lax.scan(
+        lambda s, g: (tx.update(g, s)[1], None), tx.init(jnp.zeros(1, dtype)), grads
+    )[0]
     b2 = papers.dec(0.999)
     exact = (1 - b2) * papers.L(spike) ** 2 * b2**steps + (1 - b2**steps) * papers.L(after) ** 2
     np.testing.assert_allclose(state[0].nu[0], float(exact), rtol=1e-3)
@@ -133,7 +162,9 @@ def along(tx, params, grads, steps):
 
 @functools.cache
 def courses(which):
-    """By member: the updates and the states of a run along gradients that are zero, tiny, or NaN; one program for each."""
+    """By member: the updates and the states of a run along gradients that are zero, tiny, or NaN;
+    one program for each.
+    """
 
     def run(member):
         halves, column = jnp.zeros((4, 4), jnp.float16), jnp.ones((3, 1))
@@ -141,11 +172,15 @@ def courses(which):
         if which == "zero":
             return along(member(1e-3), {"w": halves}, {"w": halves}, 3)
         if which == "tiny":
-            return along(member(0.1, **no_epsilon), column, jnp.array([[1e-30], [0.0], [1e-38]]), 20)
+            return along(
+                member(0.1, **no_epsilon), column, jnp.array([[1e-30], [0.0], [1e-38]]), 20
+            )
         return along(member(0.1), column, jnp.full((3, 1), jnp.nan), 2)
 
     members = {name: getattr(aj, name) for name in aj.family.__all__}
-    return jax.device_get(jax.jit(lambda: {name: run(member) for name, member in members.items()})())
+    return jax.device_get(
+        jax.jit(lambda: {name: run(member) for name, member in members.items()})()
+    )
 
 
 def test_float16_zero_gradient_gives_zero(member):
@@ -159,21 +194,31 @@ HUGE = (1e20, -3e38, np.inf)
 
 @functools.cache
 def recoveries():
-    """By member and huge number: the longest update in 1500 steps, and by step whether updates and state are finite."""
+    """By member and huge number: the longest update in 1500 steps, and by step whether updates and
+    state are finite.
+    """
 
     def run(tx, huge):
         params = jnp.ones((2, 1))
 
         def step(state, t):
-            updates, state = tx.update(jnp.full((2, 1), jnp.where(t == 2, huge, 1.0)), state, params)
-            finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state))]).all()
+            updates, state = tx.update(
+                jnp.full((2, 1), jnp.where(t == 2, huge, 1.0)), state, params
+            )
+            finite = jnp.stack(
+                [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state))]
+            ).all()
             return state, (jnp.abs(updates).max(), finite)
 
         longest, finite = jax.lax.scan(step, tx.init(params), jnp.arange(1500))[1]
         return longest.max(), finite
 
     members = {name: getattr(aj, name)(0.1) for name in aj.family.__all__}
-    each = jax.jit(lambda huge: {name: jax.lax.map(functools.partial(run, tx), huge) for name, tx in members.items()})
+    each = jax.jit(
+        lambda huge: {
+            name: jax.lax.map(functools.partial(run, tx), huge) for name, tx in members.items()
+        }
+    )
     return jax.device_get(each(jnp.asarray(HUGE, jnp.float32)))
 
 
@@ -181,12 +226,17 @@ def recoveries():
 def test_after_a_huge_gradient_the_parameter_moves_again(member, huge):
     longest, finite = (its[HUGE.index(huge)] for its in recoveries()[member.__name__])
     assert finite.all(), np.flatnonzero(~finite)[:9]
-    if member not in (aj.momentum, aj.radam):  # momentum's step has the gradient's size; so has RAdam's while ν is young
+    if member not in (
+        aj.momentum,
+        aj.radam,
+    ):  # momentum's step has the gradient's size; so has RAdam's while ν is young
         assert longest <= 0.1 * 33
 
 
 def test_huge_gradient_recovers_as_the_average_allows():
-    """ν forgets by β₂ a step: with β₂ = 0.5 the spike's 2¹²⁴ is gone, and the step whole again, after 150 steps."""
+    """ν forgets by β₂ a step: with β₂ = 0.5 the spike's 2¹²⁴ is gone, and the step whole again,
+    after 150 steps.
+    """
     tx = aj.adam(0.1, 0.5, 0.5)
     state, params = tx.init(jnp.zeros(1)), jnp.zeros(1)
     for t in range(151):
@@ -207,7 +257,9 @@ def test_nan_is_not_hidden(member):
 
 @functools.cache
 def after_a_nan():
-    """By storage and member: a parameter of ones after three steps, of which the first had a NaN in one element's gradient."""
+    """By storage and member: a parameter of ones after three steps, of which the first had a NaN in
+    one element's gradient.
+    """
 
     def run(tx):
         params = jnp.ones((2, 3))
@@ -218,10 +270,19 @@ def after_a_nan():
             params = params + updates
         return params
 
-    forms = {"float32": "float32", "bfloat16": Float(jnp.bfloat16, smallest=0), "8bit": Codes(smallest=0)}
+    forms = {
+        "float32": "float32",
+        "bfloat16": Float(jnp.bfloat16, smallest=0),
+        "8bit": Codes(smallest=0),
+    }
     makes = {name: getattr(aj, name) for name in aj.family.__all__}
-    txs = {how: {name: make(0.1, storage=form) for name, make in makes.items()} for how, form in forms.items()}
-    return jax.jit(lambda: {how: {name: run(tx) for name, tx in its.items()} for how, its in txs.items()})()
+    txs = {
+        how: {name: make(0.1, storage=form) for name, make in makes.items()}
+        for how, form in forms.items()
+    }
+    return jax.jit(
+        lambda: {how: {name: run(tx) for name, tx in its.items()} for how, its in txs.items()}
+    )()
 
 
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "8bit"])
@@ -229,7 +290,9 @@ def test_a_nan_in_the_first_gradient_reaches_the_parameter(member, how):
     """Codes store a NaN as 0, so the first update is the only one that can hand it on."""
     params = after_a_nan()[how][member.__name__]
     assert np.isnan(params[0, 0])
-    assert member in (aj.lamb, aj.adam_mini) or np.isfinite(params[1]).all()  # these share a norm or a ν
+    assert (
+        member in (aj.lamb, aj.adam_mini) or np.isfinite(params[1]).all()
+    )  # these share a norm or a ν
 
 
 @pytest.mark.parametrize("size", [7, 40_000], ids=["summed as floats", "summed as integers"])
@@ -237,7 +300,9 @@ def test_a_nan_in_a_norm_makes_the_leaf_nan(size, standard_promotion):
     """As in Optax: a trust ratio that is not known is not 1."""
     params = {"w": jnp.ones(size).at[3].set(jnp.nan), "v": jnp.ones(size)}
     for tx in (aj.lamb(1.0), optax.lamb(1.0)):
-        updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        updates, _ = jax.jit(tx.update)(
+            jax.tree.map(jnp.ones_like, params), tx.init(params), params
+        )
         assert np.isnan(updates["w"]).all()
         assert np.isfinite(updates["v"]).all()
 
@@ -253,7 +318,9 @@ def test_count_saturates():
 
 
 def test_first_step_by_hand():
-    """μ̂ = g and ν̂ = g² after one step; after a second with g₂ = −g₁ the corrected mean is −g(1 − β₁)/(1 + β₁)."""
+    """μ̂ = g and ν̂ = g² after one step; after a second with g₂ = −g₁ the corrected mean is −g(1 −
+    β₁)/(1 + β₁).
+    """
     tx = aj.adam(0.5, 0.8, 0.6, eps=0.0)
     state = tx.init(jnp.zeros(2))
     first, state = tx.update(jnp.array([3.0, -0.002]), state)
@@ -262,9 +329,15 @@ def test_first_step_by_hand():
     np.testing.assert_allclose(second, [0.5 * 0.2 / 1.8, -0.5 * 0.2 / 1.8], rtol=1e-5)
 
 
-@pytest.mark.parametrize("zero", [0.0, jnp.float32(0.0), lambda count: jnp.float32(0.0)], ids=["number", "array", "schedule"])
+@pytest.mark.parametrize(
+    "zero",
+    [0.0, jnp.float32(0.0), lambda count: jnp.float32(0.0)],
+    ids=["number", "array", "schedule"],
+)
 def test_a_decay_of_zero_remembers_nothing(zero):
-    """Not even rounding errors: after gradients of 1e6 the moments of a gradient of 1e-3 are that gradient's, to the last bit."""
+    """Not even rounding errors: after gradients of 1e6 the moments of a gradient of 1e-3 are that
+    gradient's, to the last bit.
+    """
     tx = aj.adam(0.1, zero, zero)
     state = tx.init(jnp.zeros(1))
     for g in (1e6, 1e-3):

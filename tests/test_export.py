@@ -1,4 +1,6 @@
-"""A step with moments at rest can be exported for every platform, stored, and called where it is read again."""
+"""A step with moments at rest can be exported for every platform, stored, and called where it is
+read again.
+"""
 
 import functools
 
@@ -22,12 +24,17 @@ STORAGES = {
     "float8": Float(jnp.float8_e4m3fn),
     "nearest": Codes(rounding="nearest"),
 }
-LINKS = {"round_stochastically": adam_jax.round_stochastically(), "compensate": adam_jax.compensate()}
+LINKS = {
+    "round_stochastically": adam_jax.round_stochastically(),
+    "compensate": adam_jax.compensate(),
+}
 
 
 @functools.cache
 def exported(name):
-    """(its arguments, what `jax.export` made of it for all platforms, what the jitted step returns)"""
+    """(its arguments, what `jax.export` made of it for all platforms, what the jitted
+    step returns)
+    """
     link = LINKS.get(name)
     adam = adam_jax.adam(0.1, storage=STORAGES.get(name, "8bit"))
     tx, dtype = (adam_jax.chain(adam, link), jnp.bfloat16) if link else (adam, jnp.float32)
@@ -35,10 +42,14 @@ def exported(name):
     leaves, treedef = jax.tree.flatten((params, jax.jit(tx.init)(params), params))
 
     @jax.jit
-    def step(*leaves):  # of leaves: to store a state's own classes, the user has to name them to JAX
+    def step(
+        *leaves,
+    ):  # of leaves: to store a state's own classes, the user has to name them to JAX
         params, state, gradients = jax.tree.unflatten(treedef, leaves)
         updates, state = tx.update(gradients, state, params)
-        with jax.numpy_dtype_promotion("standard"):  # Optax adds updates of another dtype than the parameters'
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # Optax adds updates of another dtype than the parameters'
             return jax.tree.leaves((optax.apply_updates(params, updates), state))
 
     return leaves, export.export(step, platforms=PLATFORMS)(*leaves), step(*leaves)
@@ -50,7 +61,10 @@ def types(leaves):
 
 @pytest.mark.parametrize("name", [*STORAGES, *LINKS])
 def test_a_step_that_was_stored_is_the_jitted_step(name):
-    pytest.importorskip("flatbuffers", reason="JAX stores exported functions by flatbuffers, which it does not install")
+    pytest.importorskip(
+        "flatbuffers",
+        reason="JAX stores exported functions by flatbuffers, which it does not install",
+    )
     leaves, made, expected = exported(name)
     stored = export.deserialize(made.serialize())
     for its in (made, stored):

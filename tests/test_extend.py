@@ -1,4 +1,5 @@
-"""A stage with a moment of its own and a wrapper, as a stranger writes them, and all that the package does with them.
+"""A stage with a moment of its own and a wrapper, as a stranger writes them, and all that the
+package does with them.
 
 What is between the two marks is what CONTRIBUTING shows.
 """
@@ -35,7 +36,9 @@ def scale_by_mean_size(decay=0.9, *, storage="float32"):
     """Divides each element by the mean of its absolute values."""
     hypers = extend.Hyperparameters(extend.Hyperparameter("decay", decay, "[0, 1)"))
     _, form = extend.resolve_storage(storage)
-    slot = extend.MomentSlot("size", form, signed=False, start=1.0, meaning="the mean size of {}", decay="decay")
+    slot = extend.MomentSlot(
+        "size", form, signed=False, start=1.0, meaning="the mean size of {}", decay="decay"
+    )
 
     def init(params):
         size = slot.init(params)
@@ -48,9 +51,13 @@ def scale_by_mean_size(decay=0.9, *, storage="float32"):
             size = size + rate * (abs(extend.as_wide(update)) - size)
             return extend.as_wide(update) / size, size
 
-        updates, size = extend.lift(leaf, updates, outputs=2, size=slot.widen(state.size, state.scales))
+        updates, size = extend.lift(
+            leaf, updates, outputs=2, size=slot.widen(state.size, state.scales)
+        )
         count = extend.increment(state.count)
-        stored = slot.narrow(size, state.size, state.scales, count, context.stream("mean_size"), context.gate)
+        stored = slot.narrow(
+            size, state.size, state.scales, count, context.stream("mean_size"), context.selector
+        )
         return updates, MeanSizeState(count, stored[0], state.hyperparams, stored[1])
 
     return extend.Definition(init, update, (slot,), hypers, counter="count")
@@ -95,7 +102,9 @@ def stored():
 def test_it_is_short():
     """Without blank lines."""
     text = inspect.getsource(sys.modules[__name__])
-    lines = re.search(r"# A stage and a wrapper\n(.*?)# The end of the stage", text, re.DOTALL)[1].splitlines()
+    lines = re.search(r"# A stage and a wrapper\n(.*?)# The end of the stage", text, re.DOTALL)[
+        1
+    ].splitlines()
     code = [line for line in lines if line.strip()]
     assert len(code) < 50, len(code)
 
@@ -124,9 +133,12 @@ def test_it_is_described_observed_and_read():
     body, head = aj.describe(tx, PARAMS).leaves
     assert (body.state, head.state) == ({"size": "uint8"}, {"size": "float32"})
     assert body.stages == ("counted", "scale_by_mean_size", "scale_by_learning_rate")
-    assert aj.hyperparameters(state, tx) == {"decay": jnp.float32(0.9), "learning_rate": jnp.float32(0.1)}
+    assert aj.hyperparameters(state, tx) == {
+        "decay": jnp.float32(0.9),
+        "learning_rate": jnp.float32(0.1),
+    }
     seen = aj.observations(after(aj.observe(tx, every=1))[1])
-    assert 0 <= seen["all/ends_share"] < 1
+    assert 0 <= seen["all/saturated_fraction"] < 1
     assert seen["all/update_rms"] > 0
 
 
@@ -135,8 +147,11 @@ def test_it_is_reset_converted_and_set():
     fresh = aj.reset(state, tx, match="head").inner_state[0]
     np.testing.assert_array_equal(fresh.size["head"], np.ones(3))
     np.testing.assert_array_equal(fresh.size["body"], state.inner_state[0].size["body"])
-    moved = aj.convert_state(state, tx, aj.chain(aj.cautious(), own(storage="8bit")), PARAMS)
-    assert [entry.what for entry in moved.kept] == ["steps of counted", "the mean size of gradients"]
+    moved = aj.convert_state(state, tx, aj.chain(aj.stages.cautious(), own(storage="8bit")), PARAMS)
+    assert [entry.what for entry in moved.kept] == [
+        "steps of counted",
+        "the mean size of gradients",
+    ]
     assert moved.fresh == moved.dropped == ()
     changing = own(decay=aj.settable(0.9))
     state = aj.set_hyperparameters(changing.init(PARAMS), changing, decay=0.5)
@@ -149,12 +164,20 @@ def test_it_is_sharded_and_grouped():
     tx = own(storage="8bit")
     mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.warns(UserWarning, match="size.'head'"):
-        places = aj.state_shardings(tx, PARAMS, jax.sharding.PartitionSpec(), mesh=mesh, zero="data").inner_state[0]
-    assert places.size["body"].spec == places.scales["size_scale"]["body"].spec == jax.sharding.PartitionSpec("data", None)
+        places = aj.state_shardings(
+            tx, PARAMS, jax.sharding.PartitionSpec(), mesh=mesh, zero="data"
+        ).inner_state[0]
+    assert (
+        places.size["body"].spec
+        == places.scales["size_scale"]["body"].spec
+        == jax.sharding.PartitionSpec("data", None)
+    )
     grouped = aj.by_path({"head": aj.adam(0.1)}, tx)
     assert aj.hyperparameters(grouped.init(PARAMS), grouped)["default/decay"] == jnp.float32(0.9)
     guarded = aj.skip_nonfinite(tx)
-    skipped = guarded.update(jax.tree.map(lambda x: x * np.nan, GRADS), guarded.init(PARAMS), PARAMS)[1]
+    skipped = guarded.update(
+        jax.tree.map(lambda x: x * np.nan, GRADS), guarded.init(PARAMS), PARAMS
+    )[1]
     same(skipped.inner_state, tx.init(PARAMS))
 
 
@@ -162,7 +185,9 @@ def test_it_is_a_value_and_is_saved(tmp_path):
     import orbax.checkpoint as ocp
 
     tx, (_, state) = own(storage="8bit"), stored()
-    assert repr(tx).startswith("counted(tx=chain(scale_by_mean_size(decay=0.9, storage='8bit'), scale_by_learning_rate")
+    assert repr(tx).startswith(
+        "counted(tx=chain(scale_by_mean_size(decay=0.9, storage='8bit'), scale_by_learning_rate"
+    )
     assert pickle.loads(pickle.dumps(tx)) == tx == own(storage="8bit") != own()
     same(pickle.loads(pickle.dumps(state)), state)
     with ocp.StandardCheckpointer() as saver:
@@ -177,12 +202,20 @@ def test_a_learning_rate_that_is_not_declared():
 
     @extend.stage(takes="updates", gives="updates", rate="applies")
     def downhill(rate=0.5):
-        return extend.stateless, lambda updates, state, params, context: (jax.tree.map(lambda u: -rate * u, updates), state)
+        return extend.stateless, lambda updates, state, params, context: (
+            jax.tree.map(lambda u: -rate * u, updates),
+            state,
+        )
 
     tx = aj.chain(aj.track_moments(), aj.correct_bias(), aj.scale_by_moments(), downhill())
-    np.testing.assert_allclose(tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["head"], -0.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["head"], -0.5, rtol=1e-6
+    )
     observed = aj.observe(tx, every=1)
-    assert aj.observations(observed.update(GRADS, observed.init(PARAMS), PARAMS)[1])["all/update_rms"] > 0
-    behind = aj.chain(tx, aj.clip_update_rms())
+    assert (
+        aj.observations(observed.update(GRADS, observed.init(PARAMS), PARAMS)[1])["all/update_rms"]
+        > 0
+    )
+    behind = aj.chain(tx, aj.stages.clip_update_rms())
     with pytest.raises(ValueError, match="does not know the one learning rate"):
         behind.update(GRADS, behind.init(PARAMS), PARAMS)

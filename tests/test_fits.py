@@ -1,8 +1,9 @@
-"""Every member goes wherever an Optax transformation goes: under Optax's wrappers, in Flax, Equinox, JAX's transformations.
+"""Every member goes wherever an Optax transformation goes: under Optax's wrappers, in Flax,
+Equinox, JAX's transformations.
 
-The oracle is Optax's own member under the same wrapper, or the wrapper's meaning written out; each runs a jitted, scanned loop.
-All members, or all wrappers, are in one program: it compiles several times faster than one program for each.
-"""
+The oracle is Optax's own member under the same wrapper, or the wrapper's meaning written out; each
+runs a jitted, scanned loop. All members, or all wrappers, are in one program: it compiles several
+times faster than one program for each."""
 
 import functools
 import inspect
@@ -28,9 +29,13 @@ DATA = np.random.default_rng(0).normal(size=(40, 3))
 
 
 def loss(params, batch):
-    """Curved, and steeper in some directions than in others; its gradient changes sign along `DATA`."""
+    """Curved, and steeper in some directions than in others; its gradient changes sign along
+    `DATA`.
+    """
     steep = np.asarray([0.1, 1.0, 10.0])
-    return jnp.sum(jnp.cosh(params["w"] - 0.3) * steep[:, None]) + jnp.sum((params["b"] - batch) ** 2 * steep)
+    return jnp.sum(jnp.cosh(params["w"] - 0.3) * steep[:, None]) + jnp.sum(
+        (params["b"] - batch) ** 2 * steep
+    )
 
 
 def start():
@@ -43,7 +48,10 @@ MEMBERS = {name: getattr(adam_jax, name) for name in adam_jax.family.__all__}
 
 def together(run, *args):
     """By name: `run(member)`, or `run(member, *args)`, of every member, all in one program."""
-    return jax.jit(lambda *args: {name: run(member, *args) for name, member in MEMBERS.items()}, compiler_options=QUICKLY)(*args)
+    return jax.jit(
+        lambda *args: {name: run(member, *args) for name, member in MEMBERS.items()},
+        compiler_options=QUICKLY,
+    )(*args)
 
 
 # Under Optax's wrappers
@@ -52,22 +60,34 @@ WRAPPERS = {
     "alone": lambda tx: tx,
     "clip_by_global_norm": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
     "add_decayed_weights": lambda tx: optax.chain(optax.add_decayed_weights(0.1), tx),
-    "scale_by_schedule": lambda tx: optax.chain(tx, optax.scale_by_schedule(optax.linear_schedule(1.0, 0.1, 20))),
+    "scale_by_schedule": lambda tx: optax.chain(
+        tx, optax.scale_by_schedule(optax.linear_schedule(1.0, 0.1, 20))
+    ),
     "keep_params_nonnegative": lambda tx: optax.chain(tx, optax.keep_params_nonnegative()),
     "masked": lambda tx: optax.masked(tx, WEIGHTS),
-    "masked_by_function": lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
-    "multi_transform": lambda tx: optax.multi_transform({"in": tx, "out": optax.sgd(0.01)}, {"w": "in", "b": "out"}),
-    "partition": lambda tx: optax.partition({0: tx, 1: optax.chain(tx, optax.scale(0.5))}, {"w": 0, "b": 1}),
+    "masked_by_function": lambda tx: optax.masked(
+        tx, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    ),
+    "multi_transform": lambda tx: optax.multi_transform(
+        {"in": tx, "out": optax.sgd(0.01)}, {"w": "in", "b": "out"}
+    ),
+    "partition": lambda tx: optax.partition(
+        {0: tx, 1: optax.chain(tx, optax.scale(0.5))}, {"w": 0, "b": 1}
+    ),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 3).gradient_transformation(),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
     "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: step < 10),
     "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1, 0.9),
-    "sam": lambda tx: optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.05))),
+    "sam": lambda tx: optax.contrib.sam(
+        tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    ),
     "freeze": lambda tx: optax.chain(tx, optax.freeze(WEIGHTS)),
     "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=WEIGHTS),
 }
 WRAPPERS = {
-    name: wrap for name, wrap in WRAPPERS.items() if name not in ("freeze", "selective_transform") or hasattr(optax, name)
+    name: wrap
+    for name, wrap in WRAPPERS.items()
+    if name not in ("freeze", "selective_transform") or hasattr(optax, name)
 }
 """Those that this Optax has."""
 TWINS = (adam_jax.adamw(RATE, weight_decay=0.1), optax.adamw(RATE, weight_decay=0.1))
@@ -85,7 +105,10 @@ def wrapped():
 
         return jax.lax.scan(step, (start(), tx.init(start())), DATA)[0][0]
 
-    return jax.jit(lambda: {name: [run(wrap(tx)) for tx in TWINS] for name, wrap in WRAPPERS.items()}, compiler_options=QUICKLY)()
+    return jax.jit(
+        lambda: {name: [run(wrap(tx)) for tx in TWINS] for name, wrap in WRAPPERS.items()},
+        compiler_options=QUICKLY,
+    )()
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -116,7 +139,10 @@ def test_lookahead_synchronizes_fast_and_slow(agree, x64, standard_promotion):
 
 @functools.cache
 def nested():
-    """By member: `w` after a run in the nest, and after one on the gradients that reach the member there."""
+    """By member:
+
+    `w` after a run in the nest, and after one on the gradients that reach the member there.
+    """
     data = jnp.asarray(DATA[:20])
     means = np.mean(np.delete(DATA[:20], [10, 11], axis=0).reshape(-1, 2, 3), axis=1)
     clipped = means / np.maximum(1, np.linalg.norm(means, axis=1, keepdims=True) * np.sqrt(2))
@@ -125,26 +151,40 @@ def nested():
         def step(carry, grads):
             params, state = carry
             updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, jax.tree.map(lambda u: share * u, updates)), state), None
+            return (
+                optax.apply_updates(params, jax.tree.map(lambda u: share * u, updates)),
+                state,
+            ), None
 
         return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
 
     def both(member):
         inner = optax.chain(optax.clip_by_global_norm(1.0), member(0.1), optax.scale(0.5))
-        nest = optax.apply_if_finite(optax.MultiSteps(optax.masked(inner, WEIGHTS), 2).gradient_transformation(), 5)
+        nest = optax.apply_if_finite(
+            optax.MultiSteps(optax.masked(inner, WEIGHTS), 2).gradient_transformation(), 5
+        )
         poisoned = data.at[10:12].set(jnp.nan)
         found = run(nest, start(), {"w": jnp.stack([poisoned, poisoned], -1), "b": poisoned})["w"]
-        return found, run(member(0.1), start()["w"], jnp.asarray(np.stack([clipped, clipped], -1), jnp.float32), 0.5)
+        return found, run(
+            member(0.1),
+            start()["w"],
+            jnp.asarray(np.stack([clipped, clipped], -1), jnp.float32),
+            0.5,
+        )
 
     return together(both)
 
 
-def test_every_member_under_a_nest_of_wrappers_is_the_member_on_the_gradients_that_reach_it(member, agree, standard_promotion):
+def test_every_member_under_a_nest_of_wrappers_is_the_member_on_the_gradients_that_reach_it(
+    member, agree, standard_promotion
+):
     agree(*nested()[member.__name__], rtol=1e-4, atol=1e-6)
 
 
 def test_inject_hyperparams_scanned(train, agree, x64, standard_promotion):
-    found, state = train(optax.inject_hyperparams(adam_jax.adamw)(RATE, weight_decay=0.1), start(), DATA, loss)
+    found, state = train(
+        optax.inject_hyperparams(adam_jax.adamw)(RATE, weight_decay=0.1), start(), DATA, loss
+    )
     agree(found, train(TWINS[1], start(), DATA, loss)[0], rtol=1e-8)
     np.testing.assert_allclose(state.hyperparams["learning_rate"], RATE(39), rtol=1e-6)
 
@@ -153,7 +193,9 @@ def walk(tx, params, steps=3):
     """Unjitted steps along gradients that grow: -> (params, state)."""
     state = tx.init(params)
     for i in range(1, steps + 1):
-        updates, state = tx.update(jax.tree.map(functools.partial(jnp.multiply, float(i)), params), state, params)
+        updates, state = tx.update(
+            jax.tree.map(functools.partial(jnp.multiply, float(i)), params), state, params
+        )
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -187,7 +229,9 @@ def test_a_hyperparameter_written_into_an_injected_state_is_obeyed(agree, standa
     tx, params = optax.inject_hyperparams(adam_jax.adamw)(learning_rate=0.1), start()
     state = tx.init(params)
     state.hyperparams["learning_rate"] = jnp.float32(0.025)
-    first = jax.tree.map(lambda after, before: after - before, walk(optax.adamw(0.025), params, 1)[0], params)
+    first = jax.tree.map(
+        lambda after, before: after - before, walk(optax.adamw(0.025), params, 1)[0], params
+    )
     agree(jax.jit(tx.update)(params, state, params)[0], first, rtol=1e-5)
 
 
@@ -204,10 +248,14 @@ def test_map_params_maps_the_moments_and_nothing_else(member, agree):
     tx, params = member(0.1), start()
     state = tx.init(params)
     mapped = optax.tree.map_params(tx, jnp.full_like, state, {"w": 7.0, "b": 8.0})
-    for (path, leaf), before in zip(jax.tree_util.tree_leaves_with_path(mapped), jax.tree.leaves(state), strict=True):
+    for (path, leaf), before in zip(
+        jax.tree_util.tree_leaves_with_path(mapped), jax.tree.leaves(state), strict=True
+    ):
         name = jax.tree_util.keystr(path)
         label = 7.0 if "['w']" in name else 8.0 if "['b']" in name else None
-        np.testing.assert_array_equal(leaf, before if label is None else np.full(before.shape, label))
+        np.testing.assert_array_equal(
+            leaf, before if label is None else np.full(before.shape, label)
+        )
 
 
 # In Flax and Equinox
@@ -218,7 +266,9 @@ def test_flax_train_state(agree, standard_promotion):
     x = jnp.asarray(DATA)
 
     def run(tx):
-        state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=tx)
+        state = TrainState.create(
+            apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=tx
+        )
 
         def step(state, batch):
             grads = jax.grad(lambda p: jnp.sum((state.apply_fn(p, batch) - 1) ** 2))(state.params)
@@ -243,7 +293,10 @@ def test_nnx_optimizer(agree, standard_promotion):
             optimizer.update(model, nnx.grad(lambda model: jnp.sum((model(x) - 1) ** 2))(model))
             return nnx.state((model, optimizer)), None
 
-        nnx.update((model, optimizer), jax.jit(lambda v, x: jax.lax.scan(step, v, x)[0])(variables, jnp.asarray(DATA)))
+        nnx.update(
+            (model, optimizer),
+            jax.jit(lambda v, x: jax.lax.scan(step, v, x)[0])(variables, jnp.asarray(DATA)),
+        )
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     agree(*(run(tx) for tx in TWINS), rtol=1e-4)
@@ -259,7 +312,9 @@ def test_equinox_filters_and_an_equal_transformation_does_not_retrace(agree, sta
 
         def step(carry, x):
             params, state = carry
-            grads = eqx.filter_grad(lambda params: jnp.sum((eqx.combine(params, static)(x) - 1) ** 2))(params)
+            grads = eqx.filter_grad(
+                lambda params: jnp.sum((eqx.combine(params, static)(x) - 1) ** 2)
+            )(params)
             updates, state = tx.update(grads, state, params)
             return (eqx.apply_updates(params, updates), state), None
 
@@ -292,7 +347,9 @@ def test_vmap_trains_a_batch_of_models_as_one_by_one(member, agree):
     agree(*batches()[member.__name__], rtol=1e-4, atol=1e-6)
 
 
-def test_vmap_over_learning_rates_and_b2_trains_a_grid_in_one_call(train, agree, standard_promotion):
+def test_vmap_over_learning_rates_and_b2_trains_a_grid_in_one_call(
+    train, agree, standard_promotion
+):
     rates, decays = np.asarray([1e-3, 1e-2, 0.1], "f4"), np.asarray([0.5, 0.9], "f4")
 
     def run(rate, b2):
@@ -302,7 +359,10 @@ def test_vmap_over_learning_rates_and_b2_trains_a_grid_in_one_call(train, agree,
 
     @jax.jit
     def both():
-        one_by_one = [train(optax.adamw(float(rates[i]), b2=float(decays[j])), start(), DATA, loss)[0] for i, j in picked]
+        one_by_one = [
+            train(optax.adamw(float(rates[i]), b2=float(decays[j])), start(), DATA, loss)[0]
+            for i, j in picked
+        ]
         return jax.vmap(jax.vmap(run, (None, 0)), (0, None))(rates, decays), one_by_one
 
     grid, one_by_one = both()
@@ -314,7 +374,9 @@ def numbers(member):
     """The hyperparameters that have a numeric default: name -> value. Constants are none."""
     constants = ("initial_scale", "initial_accumulator_value", "a", "b")
     arguments = inspect.signature(member).parameters.values()
-    return {a.name: a.default for a in arguments if type(a.default) is float and a.name not in constants}
+    return {
+        a.name: a.default for a in arguments if type(a.default) is float and a.name not in constants
+    }
 
 
 IN_THE_STATE = {
@@ -334,13 +396,23 @@ def chosen(member):
 
 @functools.cache
 def given():
-    """By member: parameters and state after a run whose hyperparameters are numbers, arguments, schedules."""
+    """By member: parameters and state after a run whose hyperparameters are numbers, arguments,
+    schedules.
+    """
     arguments = {name: chosen(member) for name, member in MEMBERS.items()}
 
     def run(member, traced):
-        schedules = {name: lambda count, value=value: value + 0 * (count / 1) for name, value in chosen(member).items()}
+        schedules = {
+            name: lambda count, value=value: value + 0 * (count / 1)
+            for name, value in chosen(member).items()
+        }
         settable = {name: adam_jax.settable(value) for name, value in chosen(member).items()}
-        ways = {"numbers": chosen(member), "traced": traced[member.__name__], "schedules": schedules, "settable": settable}
+        ways = {
+            "numbers": chosen(member),
+            "traced": traced[member.__name__],
+            "schedules": schedules,
+            "settable": settable,
+        }
         return {name: scanned(member(**values), start()) for name, values in ways.items()}
 
     return together(run, arguments)
@@ -348,7 +420,9 @@ def given():
 
 def test_every_hyperparameter_may_be_a_number_traced_or_a_schedule(member, agree):
     assert len(chosen(member)) > 1
-    number, traced, schedule = (given()[member.__name__][way] for way in ("numbers", "traced", "schedules"))
+    number, traced, schedule = (
+        given()[member.__name__][way] for way in ("numbers", "traced", "schedules")
+    )
     assert avals(number) == avals(traced) == avals((start(), member(0.1).init(start())))
     agree(traced, number, rtol=2e-4, atol=1e-6)  # 1 - 0.999 has four digits in float32
     agree(schedule[0], number[0], rtol=2e-4, atol=1e-6)  # the state has counters besides
@@ -367,13 +441,18 @@ def first_steps():
 
 @functools.cache
 def ten_rates():
-    """How often a step of all members was traced for ten learning rates; and each rate, with what the step returned for it."""
+    """How often a step of all members was traced for ten learning rates; and each rate, with what
+    the step returned for it.
+    """
     params, traces = start(), []
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def step(rate, states):
         traces.append(rate)
-        return {name: member(rate).update(params, states[name], params) for name, member in MEMBERS.items()}
+        return {
+            name: member(rate).update(params, states[name], params)
+            for name, member in MEMBERS.items()
+        }
 
     states = {name: member(1.0).init(params) for name, member in MEMBERS.items()}
     found = [(rate, step(rate, states)) for rate in np.linspace(0.01, 0.1, 10, dtype="f4")]
@@ -385,25 +464,35 @@ def test_a_learning_rate_that_is_an_argument_compiles_once(member, agree):
     assert traces == 1
     for rate, each in found:
         updates, after = each[member.__name__]
-        np.testing.assert_array_equal(adam_jax.hyperparameters(after, member(rate))["learning_rate"], rate)
+        np.testing.assert_array_equal(
+            adam_jax.hyperparameters(after, member(rate))["learning_rate"], rate
+        )
     agree(updates, first_steps()[member.__name__][0], rtol=1e-5)
 
 
 def courses(member):
-    each = {name: lambda t, value=value: value * (1 - t / 100) for name, value in numbers(member).items()}
+    each = {
+        name: lambda t, value=value: value * (1 - t / 100)
+        for name, value in numbers(member).items()
+    }
     return {"learning_rate": lambda t: 0.1 / (1 + t / 7)} | each
 
 
 @functools.cache
 def scheduled():
-    return together(lambda member: scanned(optax.chain(optax.clip(1.0), member(**courses(member))), start())[1])
+    return together(
+        lambda member: scanned(optax.chain(optax.clip(1.0), member(**courses(member))), start())[1]
+    )
 
 
 def test_hyperparameters_are_those_of_the_last_step(member):
     found = adam_jax.hyperparameters(scheduled()[member.__name__], member(**courses(member)))
     np.testing.assert_allclose(found["learning_rate"], 0.1 / (1 + 2 / 7), rtol=1e-6)
     for name, course in courses(member).items():
-        assert any(np.isclose(value, course(2), rtol=1e-6, atol=0) for value in found.values()), (name, found)
+        assert any(np.isclose(value, course(2), rtol=1e-6, atol=0) for value in found.values()), (
+            name,
+            found,
+        )
 
 
 ROOTED = [name for name in MEMBERS if "eps_root" in numbers(MEMBERS[name])]
@@ -412,7 +501,9 @@ PLACES = [("b", 0), ("b", 2), ("w", (1, 1))]
 
 @functools.cache
 def slopes():
-    """By member: where two steps lead from gradients, as one number, and its slope; then from gradients 1e-6 to each side."""
+    """By member: where two steps lead from gradients, as one number, and its slope; then from
+    gradients 1e-6 to each side.
+    """
     params, at = start(), {"w": np.zeros((3, 2)), "b": np.asarray([0.0, 0.01, -0.02])}
     points = jax.tree.map(lambda x: np.stack([x] * (1 + 2 * len(PLACES))), at)
     for i, (leaf, index) in enumerate(PLACES):
@@ -424,8 +515,13 @@ def slopes():
 
         def reach(grads):
             updates, state = tx.update(grads, tx.init(params), params)
-            again, _ = tx.update({"w": grads["w"], "b": 2 * grads["b"]}, state, optax.apply_updates(params, updates))
-            return sum(jnp.sum(u * jnp.arange(1.0, 1 + u.size).reshape(u.shape)) for u in jax.tree.leaves((updates, again)))
+            again, _ = tx.update(
+                {"w": grads["w"], "b": 2 * grads["b"]}, state, optax.apply_updates(params, updates)
+            )
+            return sum(
+                jnp.sum(u * jnp.arange(1.0, 1 + u.size).reshape(u.shape))
+                for u in jax.tree.leaves((updates, again))
+            )
 
         return jax.lax.map(jax.value_and_grad(reach), jax.tree.map(jnp.asarray, points))
 
@@ -452,12 +548,17 @@ def test_the_slope_of_adams_first_step_at_zero_is_known():
 def exported():
     """By member: the update and the state of an exported step."""
     params = start()
-    leaves, treedef = jax.tree.flatten((params, {name: member(0.1).init(params) for name, member in MEMBERS.items()}))
+    leaves, treedef = jax.tree.flatten(
+        (params, {name: member(0.1).init(params) for name, member in MEMBERS.items()})
+    )
 
     @jax.jit
     def step(*leaves):
         params, states = jax.tree.unflatten(treedef, leaves)
-        return {name: jax.tree.leaves(member(0.1).update(params, states[name], params)) for name, member in MEMBERS.items()}
+        return {
+            name: jax.tree.leaves(member(0.1).update(params, states[name], params))
+            for name, member in MEMBERS.items()
+        }
 
     found = export.export(step, platforms=["cpu", "cuda", "tpu"])(*leaves)
     assert found.platforms == ("cpu", "cuda", "tpu")

@@ -1,8 +1,7 @@
 """`from_torch` and its relatives: runs go on where PyTorch left them, and the other way round.
 
-The oracle is PyTorch itself, where it is installed. What is refused, and the rules of names and transposes, need none: NumPy
-arrays stand for tensors.
-"""
+The oracle is PyTorch itself, where it is installed. What is refused, and the rules of names and
+transposes, need none: NumPy arrays stand for tensors."""
 
 import re
 
@@ -20,7 +19,7 @@ import adam_jax as aj
 BATCH = 32
 RULES = {
     "mapping": {"conv1": "Conv_0", "conv2": "Conv_1", "fc": "Dense_0"},
-    "transpose": {"fc.weight": aj.after_flatten((16, 4, 4))},
+    "transpose": {"fc.weight": aj.migrate.after_flatten((16, 4, 4))},
 }
 
 
@@ -52,7 +51,9 @@ def batches():
 
 
 def torch_net(torch):
-    """As a PyTorch user writes it: images (batch, channels, height, width), flattened in that order."""
+    """As a PyTorch user writes it: images (batch, channels, height, width), flattened in that
+    order.
+    """
     from torch import nn
 
     class Net(nn.Module):
@@ -118,10 +119,12 @@ def train_torch(torch, model, optimizer, batches, steps):
 
 def into_torch(torch, model, optimizer, params, state, tx, names=None, **rules):
     """Loads a run of ours, as the docs say it."""
-    weights = aj.params_to_torch(params, model.state_dict(), **rules)
+    weights = aj.migrate.params_to_torch(params, model.state_dict(), **rules)
     model.load_state_dict({n: torch.tensor(x) for n, x in weights.items()})
-    found = aj.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
-    found["state"] = {i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()}
+    found = aj.migrate.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
+    found["state"] = {
+        i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()
+    }
     optimizer.load_state_dict(found)
 
 
@@ -157,11 +160,17 @@ def jax_net(kind):
     if kind == "nnx":
         graph, shapes = nnx.split(nnx.eval_shape(lambda: NnxNet(nnx.Rngs(1))), nnx.Param)
         return shapes, lambda p, x: nnx.merge(graph, p)(x), {"transpose": RULES["transpose"]}
-    shapes, static = eqx.partition(eqx.filter_eval_shape(EqxNet, jax.random.key(1)), lambda x: hasattr(x, "shape"))
+    shapes, static = eqx.partition(
+        eqx.filter_eval_shape(EqxNet, jax.random.key(1)), lambda x: hasattr(x, "shape")
+    )
     # Equinox has PyTorch's arrays, but for the biases of convolutions, (out, 1, 1).
     column = (lambda b: b.reshape(-1, 1, 1), lambda b: b.ravel())
     transpose = {"conv1.bias": column, "conv2.bias": column}
-    return shapes, lambda p, x: jax.vmap(eqx.combine(p, static))(jnp.moveaxis(x, -1, 1)), {"transpose": transpose}
+    return (
+        shapes,
+        lambda p, x: jax.vmap(eqx.combine(p, static))(jnp.moveaxis(x, -1, 1)),
+        {"transpose": transpose},
+    )
 
 
 OPTIMIZERS = {
@@ -172,8 +181,13 @@ OPTIMIZERS = {
 
 
 @pytest.mark.usefixtures("standard_promotion")  # the networks mix dtypes themselves
-@pytest.mark.parametrize(("kind", "name"), [*(("linen", name) for name in OPTIMIZERS), ("nnx", "Adam"), ("equinox", "Adam")])
-def test_a_training_run_moves_from_pytorch_and_goes_on_with_the_same_losses(torch, batches, name, kind):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("linen", name) for name in OPTIMIZERS), ("nnx", "Adam"), ("equinox", "Adam")],
+)
+def test_a_training_run_moves_from_pytorch_and_goes_on_with_the_same_losses(
+    torch, batches, name, kind
+):
     options, member = OPTIMIZERS[name]
     model = torch_net(torch)
     optimizer = getattr(torch.optim, name.split()[0])(model.parameters(), lr=1e-3, **options)
@@ -181,8 +195,8 @@ def test_a_training_run_moves_from_pytorch_and_goes_on_with_the_same_losses(torc
 
     shapes, apply, rules = jax_net(kind)
     tx, names = member(), [n for n, _ in model.named_parameters()]
-    params = aj.params_from_torch(model.state_dict(), shapes, **rules)
-    state = aj.from_torch(optimizer.state_dict(), tx, params, names=names, **rules)
+    params = aj.migrate.params_from_torch(model.state_dict(), shapes, **rules)
+    state = aj.migrate.from_torch(optimizer.state_dict(), tx, params, names=names, **rules)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
 
     train = trainer(apply, tx, batches)
@@ -203,7 +217,7 @@ def test_a_training_run_moves_to_pytorch_and_goes_on_with_the_same_losses(torch,
     shapes, apply, rules = jax_net("linen")
     tx, model = member(), torch_net(torch)
     train = trainer(apply, tx, batches)
-    params = aj.params_from_torch(model.state_dict(), shapes, **rules)
+    params = aj.migrate.params_from_torch(model.state_dict(), shapes, **rules)
     _, params, state = train(params, tx.init(params), range(60))
 
     optimizer = getattr(torch.optim, name.split()[0])(model.parameters(), lr=1e-3, **options)
@@ -223,15 +237,22 @@ DECAYED = aj.presets.torch.adamw(1e-3, weight_decay=0.1)
 IN_GROUPS = {
     "by_path": lambda: aj.by_path(NO_DECAY, DECAYED),
     "a mask": lambda: aj.adamw(1e-3, weight_decay=0.1, mask="matrices"),
-    "chained": lambda: aj.skip_nonfinite(aj.chain(optax.clip_by_global_norm(1e9), aj.by_path(NO_DECAY, DECAYED))),
+    "chained": lambda: aj.skip_nonfinite(
+        aj.chain(optax.clip_by_global_norm(1e9), aj.by_path(NO_DECAY, DECAYED))
+    ),
 }
 
 
 def in_groups(torch, model):
-    """AdamW that decays no biases, as PyTorch users write it, and its names in the groups' order."""
+    """AdamW that decays no biases, as PyTorch users write it, and its names in the
+    groups' order.
+    """
     decays = {name: param for name, param in model.named_parameters() if param.ndim > 1}
     rests = {name: param for name, param in model.named_parameters() if param.ndim < 2}
-    groups = [{"params": decays.values(), "weight_decay": 0.1}, {"params": rests.values(), "weight_decay": 0.0}]
+    groups = [
+        {"params": decays.values(), "weight_decay": 0.1},
+        {"params": rests.values(), "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=1e-3), [*decays, *rests]
 
 
@@ -242,10 +263,12 @@ def test_a_run_with_parameter_groups_moves_and_moves_back(torch, batches, name):
     optimizer, names = in_groups(torch, model)
     train_torch(torch, model, optimizer, batches, range(30))
     shapes, apply, rules = jax_net("linen")
-    params = aj.params_from_torch(model.state_dict(), shapes, **rules)
-    state = aj.from_torch(optimizer.state_dict(), tx, params, names=names, **rules)
+    params = aj.migrate.params_from_torch(model.state_dict(), shapes, **rules)
+    state = aj.migrate.from_torch(optimizer.state_dict(), tx, params, names=names, **rules)
     assert all(
-        int(count) == 30 for path, count in jax.tree_util.tree_leaves_with_path(state) if getattr(path[-1], "name", "") == "count"
+        int(count) == 30
+        for path, count in jax.tree_util.tree_leaves_with_path(state)
+        if getattr(path[-1], "name", "") == "count"
     )
 
     train = trainer(apply, tx, batches)
@@ -269,9 +292,14 @@ def test_what_pytorch_did_not_train_is_frozen(torch, batches):
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     train_torch(torch, model, optimizer, batches, range(30))
     shapes, apply, rules = jax_net("linen")
-    params, tx = aj.params_from_torch(model.state_dict(), shapes, **rules), aj.by_path({"Conv_0/.*": "frozen"}, aj.adam(1e-3))
+    params, tx = (
+        aj.migrate.params_from_torch(model.state_dict(), shapes, **rules),
+        aj.by_path({"Conv_0/.*": "frozen"}, aj.adam(1e-3)),
+    )
     trained = {name: path for name, path in rules["mapping"].items() if name != "conv1"}
-    state = aj.from_torch(optimizer.state_dict(), tx, params, names=names, **rules | {"mapping": trained})
+    state = aj.migrate.from_torch(
+        optimizer.state_dict(), tx, params, names=names, **rules | {"mapping": trained}
+    )
     assert state.inner_states["default"][0].mu["Conv_0"]["kernel"] == optax.MaskedNode()
     theirs = train_torch(torch, model, optimizer, batches, range(30, 60))
     ours, *_ = trainer(apply, tx, batches)(params, state, range(30, 60))
@@ -298,11 +326,15 @@ PRESETS = {
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_go_on_in_either_direction(torch, name):
-    """On gradients that do not depend on the parameters, so that what differs is the step: 40 steps, then 20 in both."""
+    """On gradients that do not depend on the parameters, so that what differs is the step: 40
+    steps, then 20 in both.
+    """
     options, kind = PRESETS[name], name.split()[0]
     tx = getattr(aj.presets.torch, kind.lower())(0.01, **options)
     rng = np.random.default_rng(0)
-    gradients = (rng.standard_normal((60, 4, 3)) * 10 ** rng.uniform(-2, 2, (60, 1, 3))).astype(np.float32)
+    gradients = (rng.standard_normal((60, 4, 3)) * 10 ** rng.uniform(-2, 2, (60, 1, 3))).astype(
+        np.float32
+    )
     # Built from names, which its state dict then has.
     layer = torch.nn.Linear(3, 4, bias=False)
     optimizer = getattr(torch.optim, kind)(layer.named_parameters(), lr=0.01, **options)
@@ -324,10 +356,12 @@ def test_presets_go_on_in_either_direction(torch, name):
     first, then = slice(0, 40), slice(40, 60)
     start = theirs(optimizer, layer, first)
     count = 40 if "SGD" in name else None
-    moved = aj.params_from_torch(layer.state_dict(), params)
-    state = aj.from_torch(optimizer.state_dict(), tx, moved, count=count)
+    moved = aj.migrate.params_from_torch(layer.state_dict(), params)
+    state = aj.migrate.from_torch(optimizer.state_dict(), tx, moved, count=count)
     found, _ = ours(moved, state, then)
-    np.testing.assert_allclose(found["kernel"] - start, theirs(optimizer, layer, then) - start, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        found["kernel"] - start, theirs(optimizer, layer, then) - start, rtol=2e-5, atol=2e-6
+    )
 
     # Back, from a run of ours.
     params, state = ours(params, tx.init(params), first)
@@ -336,29 +370,38 @@ def test_presets_go_on_in_either_direction(torch, name):
     optimizer = type(optimizer)(again.named_parameters(), lr=0.01, **options)
     into_torch(torch, again, optimizer, params, state, tx)
     found, _ = ours(params, state, then)
-    np.testing.assert_allclose(theirs(optimizer, again, then) - start, found["kernel"] - start, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        theirs(optimizer, again, then) - start, found["kernel"] - start, rtol=2e-5, atol=2e-6
+    )
 
 
 def test_tensors_are_copied_and_bfloat16_is_read(torch):
     tensor = torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)
-    params = aj.params_from_torch({"weight": tensor}, {"kernel": jnp.zeros((2, 3), jnp.bfloat16)})
+    params = aj.migrate.params_from_torch(
+        {"weight": tensor}, {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}
+    )
     plain = torch.ones(64, 64)
-    copied = aj.params_from_torch({"weight": plain}, {"embedding": jnp.zeros((64, 64))})
+    copied = aj.migrate.params_from_torch({"weight": plain}, {"embedding": jnp.zeros((64, 64))})
     with torch.no_grad():
         tensor.zero_()
         plain.zero_()
     assert params["kernel"].dtype == jnp.bfloat16
     assert bool((params["kernel"] == 1).all())
     assert bool((copied["embedding"] == 1).all())
-    assert aj.params_to_torch(params, {"weight": tensor})["weight"].dtype == np.float32
+    assert aj.migrate.params_to_torch(params, {"weight": tensor})["weight"].dtype == np.float32
     with refused(ValueError, "weight: found a sparse tensor"):
-        aj.params_from_torch({"weight": torch.eye(3).to_sparse()}, {"kernel": jnp.zeros((3, 3))})
+        aj.migrate.params_from_torch(
+            {"weight": torch.eye(3).to_sparse()}, {"kernel": jnp.zeros((3, 3))}
+        )
 
 
 # Names, transposes, and what is refused: with arrays for tensors
 
 
-PARAMS = {"dense": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}, "norm": {"scale": jnp.zeros(3)}}
+PARAMS = {
+    "dense": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)},
+    "norm": {"scale": jnp.zeros(3)},
+}
 NAMES = ["fc.weight", "fc.bias", "norm.weight"]
 TABLE = {"fc": "dense"}
 
@@ -370,13 +413,24 @@ def draw(*shape, seed=0):
 def saved(**changes):
     """A state dict of Adam after 5 steps."""
     shapes = [(3, 2), (3,), (3,)]
-    state = {i: {"step": np.float32(5), "exp_avg": draw(*s), "exp_avg_sq": draw(*s) ** 2} for i, s in enumerate(shapes)}
-    return {"state": state, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0, 1, 2]} | changes]}
+    state = {
+        i: {"step": np.float32(5), "exp_avg": draw(*s), "exp_avg_sq": draw(*s) ** 2}
+        for i, s in enumerate(shapes)
+    }
+    return {
+        "state": state,
+        "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0, 1, 2]} | changes],
+    }
 
 
 def moved(state_dict=None, tx=None, params=PARAMS, **options):
     options = {"names": NAMES, "mapping": TABLE} | options
-    return aj.from_torch(saved() if state_dict is None else state_dict, aj.adam(1e-3) if tx is None else tx, params, **options)
+    return aj.migrate.from_torch(
+        saved() if state_dict is None else state_dict,
+        aj.adam(1e-3) if tx is None else tx,
+        params,
+        **options,
+    )
 
 
 def test_moments_lie_and_rest_as_ours_do():
@@ -385,7 +439,7 @@ def test_moments_lie_and_rest_as_ours_do():
     np.testing.assert_array_equal(state[0].nu["norm"]["scale"], draw(3) ** 2)
     np.testing.assert_allclose(state[0].weights[0], [1 - 0.9**5, 1 - 0.999**5], rtol=1e-6)
     assert int(state[0].count) == 5
-    back = aj.to_torch(state, aj.adam(1e-3), saved(), names=NAMES, mapping=TABLE)
+    back = aj.migrate.to_torch(state, aj.adam(1e-3), saved(), names=NAMES, mapping=TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, saved())
 
     tx = aj.adam(1e-3, storage=aj.storage.Codes(smallest=0))
@@ -405,11 +459,16 @@ def test_moments_lie_and_rest_as_ours_do():
 )
 def test_kernels_have_their_first_axes_last_and_other_leaves_stay(torch_shape, flax_shape, axes):
     x = draw(*torch_shape)
-    for leaf, expected, shape in [("kernel", x.transpose(axes), flax_shape), ("embedding", x, torch_shape)]:
+    for leaf, expected, shape in [
+        ("kernel", x.transpose(axes), flax_shape),
+        ("embedding", x, torch_shape),
+    ]:
         params = {"layers": [{leaf: jnp.zeros(shape)}]}
-        made = aj.params_from_torch({"layers.0.weight": x}, params)
+        made = aj.migrate.params_from_torch({"layers.0.weight": x}, params)
         np.testing.assert_array_equal(made["layers"][0][leaf], expected)
-        np.testing.assert_array_equal(aj.params_to_torch(made, {"layers.0.weight": x})["layers.0.weight"], x)
+        np.testing.assert_array_equal(
+            aj.migrate.params_to_torch(made, {"layers.0.weight": x})["layers.0.weight"], x
+        )
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -418,14 +477,14 @@ def test_a_transposed_convolution_of_flax_with_a_transposed_kernel(torch):
     layer = linen.ConvTranspose(5, (3, 3), strides=(2, 2), padding="VALID", transpose_kernel=True)
     x = draw(1, 4, 4, 3)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    found = layer.apply({"params": aj.params_from_torch(up.state_dict(), shapes)}, x)
+    found = layer.apply({"params": aj.migrate.params_from_torch(up.state_dict(), shapes)}, x)
     theirs = up(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(found, theirs, atol=1e-6)
 
 
 def test_after_flatten_puts_rows_where_flax_flattens():
     images, x = draw(5, 3, 2, 4), draw(7, 24, seed=1)
-    there, back = aj.after_flatten((3, 2, 4))
+    there, back = aj.migrate.after_flatten((3, 2, 4))
     ours = images.transpose(0, 2, 3, 1).reshape(5, -1) @ there(x)
     np.testing.assert_allclose(ours, images.reshape(5, -1) @ x.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(back(there(x)), x)
@@ -433,23 +492,42 @@ def test_after_flatten_puts_rows_where_flax_flattens():
 
 def test_transposes_can_be_given_by_table_and_by_function():
     x, params = draw(3, 5, 2, 2), {"up": {"kernel": jnp.zeros((2, 2, 3, 5))}}
-    for transpose in ({"up.weight": (2, 3, 0, 1)}, lambda name, path: (2, 3, 0, 1) if path == "up/kernel" else None):
-        made = aj.params_from_torch({"up.weight": x}, params, transpose=transpose)
+    for transpose in (
+        {"up.weight": (2, 3, 0, 1)},
+        lambda name, path: (2, 3, 0, 1) if path == "up/kernel" else None,
+    ):
+        made = aj.migrate.params_from_torch({"up.weight": x}, params, transpose=transpose)
         np.testing.assert_array_equal(made["up"]["kernel"], x.transpose(2, 3, 0, 1))
 
 
 def test_names_of_statistics_and_of_what_has_no_place():
-    state_dict = {"bn.weight": draw(2), "bn.running_mean": draw(2), "bn.num_batches_tracked": np.int64(3), "extra.bias": draw(1)}
+    state_dict = {
+        "bn.weight": draw(2),
+        "bn.running_mean": draw(2),
+        "bn.num_batches_tracked": np.int64(3),
+        "extra.bias": draw(1),
+    }
     params = {"bn": {"scale": jnp.zeros(2), "mean": jnp.zeros(2)}}
-    made = aj.params_from_torch(state_dict, params, mapping={"extra": None})
+    made = aj.migrate.params_from_torch(state_dict, params, mapping={"extra": None})
     np.testing.assert_array_equal(made["bn"]["mean"], state_dict["bn.running_mean"])
-    back = aj.params_to_torch(made, state_dict, mapping=lambda name: None if name.startswith("extra") else name)
+    back = aj.migrate.params_to_torch(
+        made, state_dict, mapping=lambda name: None if name.startswith("extra") else name
+    )
     jax.tree.map(np.testing.assert_array_equal, back, state_dict)
 
 
 def test_names_in_the_state_dict_are_used():
-    params = {"b": {"bias": jnp.zeros(3)}, "a": {"kernel": jnp.zeros((2, 3))}, "norm": {"scale": jnp.zeros(3)}}
-    state = moved(saved(param_names=["a.weight", "norm.weight", "b.bias"]), params=params, names=None, mapping=None)
+    params = {
+        "b": {"bias": jnp.zeros(3)},
+        "a": {"kernel": jnp.zeros((2, 3))},
+        "norm": {"scale": jnp.zeros(3)},
+    }
+    state = moved(
+        saved(param_names=["a.weight", "norm.weight", "b.bias"]),
+        params=params,
+        names=None,
+        mapping=None,
+    )
     np.testing.assert_array_equal(state[0].mu["a"]["kernel"], draw(3, 2).T)
 
 
@@ -458,7 +536,11 @@ def test_refuses_names_that_do_not_meet():
         moved(names=None)
     with refused(ValueError, "found 2 names for 3 parameters"):
         moved(names=NAMES[:2])
-    with refused(ValueError, "left over fc.weight, fc.bias of PyTorch; missing dense/bias, dense/kernel of the parameters"):
+    with refused(
+        ValueError,
+        "left over fc.weight, fc.bias of PyTorch; missing dense/bias, dense/kernel of the "
+        "parameters",
+    ):
         moved(mapping=None)
     with refused(ValueError, "'fc.bias' and 'norm.weight' are both mapped to dense/bias"):
         moved(mapping={"fc": "dense", "norm.weight": "dense.bias"})
@@ -467,38 +549,51 @@ def test_refuses_names_that_do_not_meet():
     with refused(ValueError, "found fc.wieght in transpose", "such as fc.weight"):
         moved(transpose={"fc.wieght": (1, 0)})
     # A table serves the parameters, the statistics and the optimizer, and not all have all names.
-    jax.tree.map(np.testing.assert_array_equal, moved(), moved(mapping=TABLE | {"head": "out", "tail": None}))
+    jax.tree.map(
+        np.testing.assert_array_equal, moved(), moved(mapping=TABLE | {"head": "out", "tail": None})
+    )
 
 
 def test_refuses_shapes_that_differ():
-    wide = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(3)}, "norm": {"scale": jnp.zeros(3)}}
+    wide = {
+        "dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(3)},
+        "norm": {"scale": jnp.zeros(3)},
+    }
     with refused(
-        ValueError, "fc.weight: found the shape (3, 2), transposed (2, 3); expected (2, 4), of dense/kernel", "transpose="
+        ValueError,
+        "fc.weight: found the shape (3, 2), transposed (2, 3); expected (2, 4), of dense/kernel",
+        "transpose=",
     ):
         moved(params=wide)
     with refused(ValueError, "found (0, 0) for fc.weight; expected a permutation of the 2 axes"):
         moved(transpose={"fc.weight": (0, 0)})
     with refused(ValueError, "norm.weight: found the shape (3, 1)", "cannot be transposed so"):
-        aj.params_from_torch({"norm.weight": draw(3, 1)}, {"norm": {"scale": jnp.zeros(3)}})
+        aj.migrate.params_from_torch({"norm.weight": draw(3, 1)}, {"norm": {"scale": jnp.zeros(3)}})
 
 
 @pytest.mark.parametrize("kind", ["adam", "radam", "adamw"])
 def test_leaves_that_have_taken_other_steps_go_on_each_from_its_own(kind):
-    """As in PyTorch, where a layer was thawed later: each leaf steps as in a state of its own count."""
+    """As in PyTorch, where a layer was thawed later: each leaf steps as in a state of its own
+    count.
+    """
     tx, state_dict = getattr(aj, kind)(0.1), saved()
     state_dict["state"][1]["step"] = np.float32(2)
     state_dict["state"][2]["step"] = np.float32(0)
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     updates, after = tx.update(grads, moved(state_dict, tx), PARAMS)
     assert int(after[0].count) == 6
-    for i, (step, leaf) in enumerate([(5, ("dense", "kernel")), (2, ("dense", "bias")), (0, ("norm", "scale"))]):
+    for i, (step, leaf) in enumerate(
+        [(5, ("dense", "kernel")), (2, ("dense", "bias")), (0, ("norm", "scale"))]
+    ):
         alone = saved()
         for its in alone["state"].values():
             its["step"] = np.float32(step)
         expected, _ = tx.update(grads, moved(alone, tx), PARAMS)
-        np.testing.assert_allclose(updates[leaf[0]][leaf[1]], expected[leaf[0]][leaf[1]], rtol=1e-6, err_msg=str(i))
+        np.testing.assert_allclose(
+            updates[leaf[0]][leaf[1]], expected[leaf[0]][leaf[1]], rtol=1e-6, err_msg=str(i)
+        )
     with refused(ValueError, "have gathered weights that", "Others keep a count alone"):
-        aj.to_torch(after, tx, saved(), names=NAMES, mapping=TABLE)
+        aj.migrate.to_torch(after, tx, saved(), names=NAMES, mapping=TABLE)
 
 
 def test_refuses_steps_that_are_not_known():
@@ -513,7 +608,10 @@ def test_refuses_steps_that_are_not_known():
     with refused(ValueError, "found no step of dense/bias"):
         moved(state_dict)
     buffers = {i: {"momentum_buffer": its["exp_avg"]} for i, its in saved()["state"].items()}
-    sgd = {"state": buffers, "param_groups": [{"momentum": 0.9, "dampening": 0, "params": [0, 1, 2]}]}
+    sgd = {
+        "state": buffers,
+        "param_groups": [{"momentum": 0.9, "dampening": 0, "params": [0, 1, 2]}],
+    }
     with refused(ValueError, "keeps no step", "count=1000"):
         moved(sgd, aj.momentum(1.0))
     assert int(moved(sgd, aj.momentum(1.0), count=9)[0].count) == 9
@@ -536,27 +634,41 @@ def test_refuses_states_that_are_not_whole():
 
 
 def test_refuses_another_optimizer():
-    with refused(ValueError, "tx has a maximum of the raw ν, corrected later, which the state dict has not"):
+    with refused(
+        ValueError, "tx has a maximum of the raw ν, corrected later, which the state dict has not"
+    ):
         moved(tx=aj.amsgrad(1.0, maximum="raw"))
-    with refused(ValueError, "found the decay 0.999 of nu in the param_group of fc.weight, and 0.99 in tx"):
+    with refused(
+        ValueError, "found the decay 0.999 of nu in the param_group of fc.weight, and 0.99 in tx"
+    ):
         moved(tx=aj.adam(1.0, b2=0.99))
-    buffers = {i: its | {"max_exp_avg_sq": its["exp_avg_sq"]} for i, its in saved()["state"].items()}
-    with refused(ValueError, "a maximum of the raw ν, corrected later (max_exp_avg_sq), which tx has not"):
+    buffers = {
+        i: its | {"max_exp_avg_sq": its["exp_avg_sq"]} for i, its in saved()["state"].items()
+    }
+    with refused(
+        ValueError, "a maximum of the raw ν, corrected later (max_exp_avg_sq), which tx has not"
+    ):
         moved(saved() | {"state": buffers}, tx=aj.amsgrad(1.0))
-    with refused(ValueError, "to_torch", "the optimizer has a maximum of the raw ν", "which tx has not"):
-        aj.to_torch(moved(), aj.adam(1e-3), saved(amsgrad=True), names=NAMES, mapping=TABLE)
+    with refused(
+        ValueError, "to_torch", "the optimizer has a maximum of the raw ν", "which tx has not"
+    ):
+        aj.migrate.to_torch(moved(), aj.adam(1e-3), saved(amsgrad=True), names=NAMES, mapping=TABLE)
     rms = {"state": {}, "param_groups": [{"alpha": 0.9, "momentum": 0.5, "params": [0, 1, 2]}]}
     tx = aj.rmsprop(1.0, 0.9, momentum=0.5)
-    with refused(ValueError, "a sum of steps, behind the learning rate, which the optimizer has not"):
-        aj.to_torch(tx.init(PARAMS), tx, rms, names=NAMES, mapping=TABLE)
+    with refused(
+        ValueError, "a sum of steps, behind the learning rate, which the optimizer has not"
+    ):
+        aj.migrate.to_torch(tx.init(PARAMS), tx, rms, names=NAMES, mapping=TABLE)
     tx = aj.adam_mini(1.0)
     with refused(ValueError, "to_torch: at dense/kernel found the shape (1, 3); expected (2, 3)"):
-        aj.to_torch(tx.init(PARAMS), tx, saved(), names=NAMES, mapping=TABLE)
+        aj.migrate.to_torch(tx.init(PARAMS), tx, saved(), names=NAMES, mapping=TABLE)
 
 
 def test_settings_of_groups_are_those_of_their_leaves():
     adam = aj.adamw(1e-3, weight_decay=0.1)
-    tx = aj.by_path({"dense/kernel": {"eps": 1e-6}, "norm/.*": {"weight_decay": 0.0, "b2": 0.99}}, adam)
+    tx = aj.by_path(
+        {"dense/kernel": {"eps": 1e-6}, "norm/.*": {"weight_decay": 0.0, "b2": 0.99}}, adam
+    )
     groups = [
         {"params": [0], "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1},
         {"params": [1], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
@@ -564,73 +676,121 @@ def test_settings_of_groups_are_those_of_their_leaves():
     ]
     state_dict = saved() | {"param_groups": groups}
     state = moved(state_dict, tx)
-    np.testing.assert_allclose(state.inner_states["norm/.*"][0].weights[0, 1], 1 - 0.99**5, rtol=1e-6)
-    np.testing.assert_allclose(state.inner_states["default"][0].weights[0, 1], 1 - 0.999**5, rtol=1e-6)
-    back = aj.to_torch(state, tx, state_dict, names=NAMES, mapping=TABLE)
+    np.testing.assert_allclose(
+        state.inner_states["norm/.*"][0].weights[0, 1], 1 - 0.99**5, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        state.inner_states["default"][0].weights[0, 1], 1 - 0.999**5, rtol=1e-6
+    )
+    back = aj.migrate.to_torch(state, tx, state_dict, names=NAMES, mapping=TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, state_dict)
 
     for i, changes, says in [
         (0, {"eps": 1e-8}, "found eps=1e-08 in the param_group of fc.weight, and 1e-06 in tx"),
-        (1, {"weight_decay": 0}, "found weight_decay=0 in the param_group of fc.bias, and 0.1 in tx"),
-        (2, {"weight_decay": 0.1}, "found weight_decay=0.1 in the param_group of norm.weight, and 0.0 in tx"),
-        (2, {"betas": (0.9, 0.999)}, "found the decay 0.999 of nu in the param_group of norm.weight, and 0.99 in tx"),
+        (
+            1,
+            {"weight_decay": 0},
+            "found weight_decay=0 in the param_group of fc.bias, and 0.1 in tx",
+        ),
+        (
+            2,
+            {"weight_decay": 0.1},
+            "found weight_decay=0.1 in the param_group of norm.weight, and 0.0 in tx",
+        ),
+        (
+            2,
+            {"betas": (0.9, 0.999)},
+            "found the decay 0.999 of nu in the param_group of norm.weight, and 0.99 in tx",
+        ),
     ]:
         with refused(ValueError, says):
-            moved(state_dict | {"param_groups": [group | changes if i == j else group for j, group in enumerate(groups)]}, tx)
+            moved(
+                state_dict
+                | {
+                    "param_groups": [
+                        group | changes if i == j else group for j, group in enumerate(groups)
+                    ]
+                },
+                tx,
+            )
     for decoupled, decay in [(True, "l2"), (False, "lr")]:
-        with refused(ValueError, f"found decoupled_weight_decay={decoupled}", f"and {not decoupled} in tx"):
+        with refused(
+            ValueError, f"found decoupled_weight_decay={decoupled}", f"and {not decoupled} in tx"
+        ):
             its = aj.adamw(1e-3, weight_decay=0.1, decay=decay)
             moved(saved(weight_decay=0.1, decoupled_weight_decay=decoupled), its)
 
 
 @pytest.mark.parametrize(
-    "tx", [aj.by_path({"norm/.*": "frozen"}, aj.adam(1e-3)), aj.by_path({"dense/.*": aj.adam(1e-3)}, "frozen")]
+    "tx",
+    [
+        aj.by_path({"norm/.*": "frozen"}, aj.adam(1e-3)),
+        aj.by_path({"dense/.*": aj.adam(1e-3)}, "frozen"),
+    ],
 )
 def test_frozen_leaves_have_no_state_to_take(tx):
     state_dict = saved()
-    with refused(ValueError, "left over the state of norm.weight, of which tx keeps none", "convert_state"):
+    with refused(
+        ValueError, "left over the state of norm.weight, of which tx keeps none", "convert_state"
+    ):
         moved(state_dict, tx)
     del state_dict["state"][2]  # it never had a gradient
     state = moved(state_dict, tx)
     state_dict["param_groups"][0]["params"] = [0, 1]  # nor was it given to the optimizer
     jax.tree.map(np.testing.assert_array_equal, state, moved(state_dict, tx, names=NAMES[:2]))
-    back = aj.to_torch(state, tx, state_dict, names=NAMES[:2], mapping=TABLE)
+    back = aj.migrate.to_torch(state, tx, state_dict, names=NAMES[:2], mapping=TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, state_dict)
     del (whole := saved())["state"][2]  # an optimizer that was given all
-    back = aj.to_torch(state, tx, whole, names=NAMES, mapping=TABLE)
+    back = aj.migrate.to_torch(state, tx, whole, names=NAMES, mapping=TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, whole)
 
 
 def test_proportions_of_learning_rates_stay():
-    groups = [{"lr": 0.5, "betas": (0.9, 0.999), "params": [0]}, {"lr": 0.05, "betas": (0.9, 0.999), "params": [1, 2]}]
+    groups = [
+        {"lr": 0.5, "betas": (0.9, 0.999), "params": [0]},
+        {"lr": 0.05, "betas": (0.9, 0.999), "params": [1, 2]},
+    ]
     state_dict = saved() | {"param_groups": groups}
     with refused(
-        ValueError, "lr is 0.5 for fc.weight and 0.05 for fc.bias, and in tx 0.001 and 0.001", "learning_rate_multiplier"
+        ValueError,
+        "lr is 0.5 for fc.weight and 0.05 for fc.bias, and in tx 0.001 and 0.001",
+        "learning_rate_multiplier",
     ):
         moved(state_dict)
     tenth = {"learning_rate_multiplier": 0.1}
     moved(state_dict, aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(1e-3)))
-    moved(state_dict, aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(optax.linear_schedule(1e-3, 0.0, 10))))
+    moved(
+        state_dict,
+        aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(optax.linear_schedule(1e-3, 0.0, 10))),
+    )
 
 
 def test_loads_no_files_and_takes_no_objects():
     for found in ("model.pt", b"\x80\x02}"):
         with refused(TypeError, "expected a state dict", "torch.load(path, weights_only=True)"):
-            aj.from_torch(found, aj.adam(1.0), PARAMS)
+            aj.migrate.from_torch(found, aj.adam(1.0), PARAMS)
         with refused(TypeError, "expected a state dict"):
-            aj.params_from_torch(found, PARAMS)
+            aj.migrate.params_from_torch(found, PARAMS)
         with refused(TypeError, "bias: found", "expected a tensor or an array"):
-            aj.params_from_torch({"bias": found}, {"bias": jnp.zeros(3)})
+            aj.migrate.params_from_torch({"bias": found}, {"bias": jnp.zeros(3)})
     with refused(ValueError, "found a dict of fc.weight", "Weights are for params_from_torch"):
-        aj.from_torch({"fc.weight": draw(3, 2)}, aj.adam(1.0), PARAMS)
+        aj.migrate.from_torch({"fc.weight": draw(3, 2)}, aj.adam(1.0), PARAMS)
     with refused(ValueError, "found a dict of model, optimizer", "Pass what is in ['optimizer']"):
-        aj.from_torch({"model": {}, "optimizer": saved()}, aj.adam(1.0), PARAMS)
+        aj.migrate.from_torch({"model": {}, "optimizer": saved()}, aj.adam(1.0), PARAMS)
     with refused(ValueError, "found a dict of nothing"):
-        aj.from_torch({}, aj.adam(1.0), PARAMS)
-    for changes in ({"state": []}, {"state": {0: 1}}, {"param_groups": None}, {"param_groups": ["a"]}, {"param_groups": [{}]}):
+        aj.migrate.from_torch({}, aj.adam(1.0), PARAMS)
+    for changes in (
+        {"state": []},
+        {"state": {0: 1}},
+        {"param_groups": None},
+        {"param_groups": ["a"]},
+        {"param_groups": [{}]},
+    ):
         with refused(ValueError, "found param_groups or a state that are not PyTorch's"):
             moved(saved() | changes)
-    with refused(ValueError, "found the parameter numbers '0', '1', '2'; expected integers", "JSON"):
+    with refused(
+        ValueError, "found the parameter numbers '0', '1', '2'; expected integers", "JSON"
+    ):
         moved(saved() | {"state": {str(i): its for i, its in saved()["state"].items()}})
     with refused(ValueError, "left over the state of 7"):
         moved(saved() | {"state": saved()["state"] | {7: saved()["state"][0]}})
@@ -645,7 +805,11 @@ MALFORMED = {
     "numbers": ({"mapping": {0: "fc"}}, TypeError, "mapping: found {0: 'fc'}"),
     "a function": ({"mapping": lambda name: 3}, TypeError, "mapping: found 3 for 'fc.weight'"),
     "transpose": ({"transpose": [1]}, TypeError, "transpose: found [1]; expected a table"),
-    "three": ({"transpose": {"fc.weight": (abs, abs, abs)}}, ValueError, "expected a permutation of the 2 axes, or a pair of"),
+    "three": (
+        {"transpose": {"fc.weight": (abs, abs, abs)}},
+        ValueError,
+        "expected a permutation of the 2 axes, or a pair of",
+    ),
 }
 
 
@@ -662,76 +826,113 @@ def test_arrays_that_cannot_be_moments_or_weights_are_refused():
         state_dict["state"][1][field] = value
         return state_dict
 
-    assert moved(with_moment("exp_avg", np.ones(3, int)))[0].mu["dense"]["bias"].dtype == jnp.float32
+    assert (
+        moved(with_moment("exp_avg", np.ones(3, int)))[0].mu["dense"]["bias"].dtype == jnp.float32
+    )
     for value in (np.array([1, None, 2], object), np.array(["a", "b", "c"])):
         with refused(TypeError, "fc.bias: found", "expected a tensor or an array of numbers"):
             moved(with_moment("exp_avg", value))
         with refused(TypeError, "bias: found"):
-            aj.params_from_torch({"bias": value}, {"bias": jnp.zeros(3)})
+            aj.migrate.params_from_torch({"bias": value}, {"bias": jnp.zeros(3)})
     with refused(ValueError, "fc.bias: found exp_avg_sq below 0"):
         moved(with_moment("exp_avg_sq", -np.ones(3)))
     with refused(ValueError, "bias: found complex128; expected real numbers, as bias has"):
-        aj.params_from_torch({"bias": np.ones(3, complex)}, {"bias": jnp.zeros(3)})
+        aj.migrate.params_from_torch({"bias": np.ones(3, complex)}, {"bias": jnp.zeros(3)})
     with refused(ValueError, "found betas=0.9 in param_groups; expected a pair"):
         moved(saved(betas=0.9))
     for shape in (None, 3, (), (16, 4, 4.0), (-1, 4, 4), "abc"):
-        with refused(ValueError, "after_flatten: found", "expected the sizes that PyTorch flattens"):
-            aj.after_flatten(shape)
+        with refused(
+            ValueError, "after_flatten: found", "expected the sizes that PyTorch flattens"
+        ):
+            aj.migrate.after_flatten(shape)
 
 
 def test_tied_weights_have_one_leaf():
     table, mapping = {"embed": {"embedding": jnp.zeros((5, 4))}}, {"out.weight": "embed/embedding"}
     weight = draw(5, 4)
-    found = aj.params_from_torch({"embed.weight": weight, "out.weight": weight}, table, mapping=mapping)
+    found = aj.migrate.params_from_torch(
+        {"embed.weight": weight, "out.weight": weight}, table, mapping=mapping
+    )
     np.testing.assert_array_equal(found["embed"]["embedding"], weight)
-    back = aj.params_to_torch(table, {"embed.weight": weight, "out.weight": weight}, mapping=mapping)
+    back = aj.migrate.params_to_torch(
+        table, {"embed.weight": weight, "out.weight": weight}, mapping=mapping
+    )
     assert not back["embed.weight"].any()
     assert not back["out.weight"].any()
-    with refused(ValueError, "'out.weight' and another name are both mapped to embed/embedding, and differ"):
-        aj.params_from_torch({"embed.weight": weight, "out.weight": 2 * weight}, table, mapping=mapping)
+    with refused(
+        ValueError, "'out.weight' and another name are both mapped to embed/embedding, and differ"
+    ):
+        aj.migrate.params_from_torch(
+            {"embed.weight": weight, "out.weight": 2 * weight}, table, mapping=mapping
+        )
     with refused(TypeError, "tx: found None"):
-        aj.from_torch(saved(), None, PARAMS)
+        aj.migrate.from_torch(saved(), None, PARAMS)
 
 
 SETTINGS = {
     "eps": ({"eps": 0.5}, "found eps=0.5 in the param_group of w, and 1e-08 in tx"),
-    "weight decay": ({"weight_decay": 0.1}, "found weight_decay=0.1 in the param_group of w, and 0.0 in tx"),
+    "weight decay": (
+        {"weight_decay": 0.1},
+        "found weight_decay=0.1 in the param_group of w, and 0.0 in tx",
+    ),
     "ascent": ({"maximize": True}, "found maximize=True in the param_group of w"),
     "amsgrad": ({"amsgrad": True}, "found amsgrad=True in the param_group of w, and False in tx"),
-    "RAdam": ({"decoupled_weight_decay": False, "foreach": None}, "the param_group of w is RAdam's, and tx does not rectify"),
+    "RAdam": (
+        {"decoupled_weight_decay": False, "foreach": None},
+        "the param_group of w is RAdam's, and tx does not rectify",
+    ),
 }
 
 
 def adams_state(**more):
-    entry = {"step": 3.0, "exp_avg": np.ones(2, np.float32), "exp_avg_sq": np.ones(2, np.float32)} | more
-    return {"state": {0: entry}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}]}
+    entry = {
+        "step": 3.0,
+        "exp_avg": np.ones(2, np.float32),
+        "exp_avg_sq": np.ones(2, np.float32),
+    } | more
+    return {
+        "state": {0: entry},
+        "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}],
+    }
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_of_another_optimizer_are_refused(case):
     settings, message = SETTINGS[case]
     found, params, tx = adams_state(), {"w": jnp.ones(2)}, aj.presets.torch.adam(1e-3)
-    aj.from_torch(found, tx, params, names=["w"])
+    aj.migrate.from_torch(found, tx, params, names=["w"])
     found["param_groups"][0] |= settings
     with pytest.raises(ValueError, match=re.escape(message)):
-        aj.from_torch(found, tx, params, names=["w"])
+        aj.migrate.from_torch(found, tx, params, names=["w"])
 
 
 def test_decay_in_the_gradient_is_not_that_beside_the_moments():
     params = {"w": jnp.ones(2)}
     found, torch = adams_state(), aj.presets.torch
-    for decoupled, right, wrong in [(True, torch.adamw, torch.adam), (False, torch.adam, torch.adamw)]:
-        found["param_groups"][0] |= {"weight_decay": 0.1, "decoupled_weight_decay": decoupled, "amsgrad": False}
-        aj.from_torch(found, right(1e-3, weight_decay=0.1), params, names=["w"])
-        with pytest.raises(ValueError, match=f"found decoupled_weight_decay={decoupled} .* and {not decoupled} in tx"):
-            aj.from_torch(found, wrong(1e-3, weight_decay=0.1), params, names=["w"])
+    for decoupled, right, wrong in [
+        (True, torch.adamw, torch.adam),
+        (False, torch.adam, torch.adamw),
+    ]:
+        found["param_groups"][0] |= {
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": decoupled,
+            "amsgrad": False,
+        }
+        aj.migrate.from_torch(found, right(1e-3, weight_decay=0.1), params, names=["w"])
+        with pytest.raises(
+            ValueError,
+            match=f"found decoupled_weight_decay={decoupled} .* and {not decoupled} in tx",
+        ):
+            aj.migrate.from_torch(found, wrong(1e-3, weight_decay=0.1), params, names=["w"])
     with pytest.raises(ValueError, match="is Adam's, and tx rectifies"):
-        aj.from_torch(found, torch.radam(1e-3, weight_decay=0.1), params, names=["w"])
+        aj.migrate.from_torch(found, torch.radam(1e-3, weight_decay=0.1), params, names=["w"])
 
 
 def test_nadam_is_told_by_its_product():
     params = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="not NAdam's, and tx looks ahead"):
-        aj.from_torch(adams_state(), aj.presets.torch.nadam(1e-3), params, names=["w"])
+        aj.migrate.from_torch(adams_state(), aj.presets.torch.nadam(1e-3), params, names=["w"])
     with pytest.raises(ValueError, match="has the mu_product of NAdam, and tx does not look ahead"):
-        aj.from_torch(adams_state(mu_product=0.1), aj.presets.torch.adam(1e-3), params, names=["w"])
+        aj.migrate.from_torch(
+            adams_state(mu_product=0.1), aj.presets.torch.adam(1e-3), params, names=["w"]
+        )

@@ -1,8 +1,8 @@
-"""Whatever is legal: random trees, members, numbers, storages, links and gradients, and what holds of all of them.
+"""Whatever is legal: random trees, members, numbers, storages, links and gradients, and what holds
+of all of them.
 
-Each property runs over some examples in every run, the same ones each time, 61 in all; `pytest -m fuzz` takes 5,000 new ones.
-`hostile.py` draws them, and has the bound on a step.
-"""
+Each property runs over some examples in every run, the same ones each time, 61 in all; `pytest -m
+fuzz` takes 5,000 new ones. `hostile.py` draws them, and has the bound on a step."""
 
 import contextlib
 import functools
@@ -24,13 +24,19 @@ import adam_jax as aj
 
 STEPS = 8
 FEW_SHAPES = ((3,), (2, 3), (3, 0), (1, 2, 1, 2, 1, 2))
-"""Unjitted operations are compiled once a shape. No scalars: inside a scan XLA makes other instructions of them."""
+"""Unjitted operations are compiled once a shape.
+
+No scalars: inside a scan XLA makes other instructions of them.
+"""
 CUT_SHAPES = ((8,), (), (4, 8), (16, 1, 4), (4, 0), (40,))
 """Most of them can be laid out over four devices."""
 
 OUR_LINKS = tuple(name for name in hostile.LINKS if name not in hostile.OPTAX_LINKS)
 
-LENIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+LENIENT = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 
 
 def ordinary(examples):
@@ -38,7 +44,9 @@ def ordinary(examples):
 
 
 def nightly(examples):
-    return lambda test: pytest.mark.fuzz(settings(max_examples=examples, print_blob=True, **LENIENT)(test))
+    return lambda test: pytest.mark.fuzz(
+        settings(max_examples=examples, print_blob=True, **LENIENT)(test)
+    )
 
 
 # What holds of a run
@@ -46,7 +54,9 @@ def nightly(examples):
 
 @pytest.mark.parametrize("name", aj.family.__all__)
 def test_a_run_keeps_its_types_stays_finite_and_within_its_bound(name):
-    @seed(aj.family.__all__.index(name))  # or every member would get the same trees, storages and links
+    @seed(
+        aj.family.__all__.index(name)
+    )  # or every member would get the same trees, storages and links
     @settings(max_examples=3, database=None, **LENIENT)
     @given(cases(most=2, members=(name,)))
     def run(case):
@@ -85,7 +95,9 @@ def check_run(case, options=None):
 
 
 def assert_fits(case, updates, params):
-    """The tree and the dtypes are the gradients'; an integer's update is a zero that can be added."""
+    """The tree and the dtypes are the gradients'; an integer's update is a zero that
+    can be added.
+    """
     rounds = {"round_stochastically", "compensate"} & set(case.links)
 
     def expected(leaf, p):
@@ -95,7 +107,10 @@ def assert_fits(case, updates, params):
 
 
 def assert_bounded(case, t, updates, history):
-    """An update is finite and within its bound. An infinity is right where the bound is more than the dtype holds, NaN never."""
+    """An update is finite and within its bound.
+
+    An infinity is right where the bound is more than the dtype holds, NaN never.
+    """
     within = True
     columns = [jax.tree.leaves(tree) for pair in history for tree in pair]
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(case.tree)):
@@ -104,12 +119,20 @@ def assert_bounded(case, t, updates, history):
             assert not update.any(), path
             continue
         with np.errstate(all="ignore"):  # a bound may be infinite
-            most = bound(case, leaf, t, [c[i] for c in columns[::2]], [c[i] for c in columns[1::2]]) * 1.02
+            most = (
+                bound(case, leaf, t, [c[i] for c in columns[::2]], [c[i] for c in columns[1::2]])
+                * 1.02
+            )
         size = np.max(np.abs(update.astype(np.complex128)), initial=0)
         assert not np.isnan(size), (jax.tree_util.keystr(path), t)
         info = jnp.finfo(update.dtype)
         if most < float(info.max):
-            assert size <= most + float(info.smallest_subnormal), (jax.tree_util.keystr(path), t, size, most)
+            assert size <= most + float(info.smallest_subnormal), (
+                jax.tree_util.keystr(path),
+                t,
+                size,
+                most,
+            )
         else:
             within = False
     return within
@@ -118,7 +141,9 @@ def assert_bounded(case, t, updates, history):
 def assert_finite(state, within):
     """All of a state is; but an average of parameters whose update their dtype cannot hold."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (within or "average" not in jax.tree_util.keystr(path)):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (
+            within or "average" not in jax.tree_util.keystr(path)
+        ):
             assert np.isfinite(np.asarray(leaf, np.complex128)).all(), jax.tree_util.keystr(path)
 
 
@@ -151,7 +176,9 @@ def check_ways(case):
                 then.append((updates, now))
             return jax.tree.map(lambda *x: jnp.stack(x), *then)
 
-        stacked = jax.tree.map(lambda *g: None if g[0].dtype == jax.dtypes.float0 else jnp.stack(g), *grads)
+        stacked = jax.tree.map(
+            lambda *g: None if g[0].dtype == jax.dtypes.float0 else jnp.stack(g), *grads
+        )
 
         def body(carry, g):
             whole = jax.tree.unflatten(jax.tree.structure(grads[0]), fill(case, g))
@@ -170,20 +197,29 @@ def check_ways(case):
 def fill(case, grads):
     """The leaves of gradients, with a `float0` where an integer has none."""
     left = iter(jax.tree.leaves(grads))
-    return [np.zeros(leaf.shape, jax.dtypes.float0) if is_integer(leaf) else next(left) for leaf in jax.tree.leaves(case.tree)]
+    return [
+        np.zeros(leaf.shape, jax.dtypes.float0) if is_integer(leaf) else next(left)
+        for leaf in jax.tree.leaves(case.tree)
+    ]
 
 
 def assert_same(one, other, what):
-    """To the bit; but that the absolute value of a complex number has several forms, which differ in the last ones."""
+    """To the bit; but that the absolute value of a complex number has several forms, which differ
+    in the last ones.
+    """
     is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(one))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
         where = f"{what} {jax.tree_util.keystr(path)}"
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             np.testing.assert_array_equal(a, b, err_msg=where)
             continue
         near = 16 * float(jnp.finfo(a.dtype).eps) if is_complex else 0
         found, expected = (np.asarray(x).astype(np.complex128) for x in (a, b))
-        np.testing.assert_allclose(found, expected, rtol=near, atol=near * np.max(np.abs(found), initial=0), err_msg=where)
+        np.testing.assert_allclose(
+            found, expected, rtol=near, atol=near * np.max(np.abs(found), initial=0), err_msg=where
+        )
 
 
 # Sharded or not: this file, as a script, in a process with four devices
@@ -208,17 +244,32 @@ def test_hundreds_of_layouts_are_the_same():
 
 
 def check_layout(case):
-    """Where a number is a sum over a leaf, its terms are added in another order: there up to rounding."""
-    sums = case.member in ("lamb", "adam_mini") or {"clip_update_rms", "clip_by_global_norm"} & set(case.links)
+    """Where a number is a sum over a leaf, its terms are added in another order: there up to
+    rounding.
+    """
+    sums = case.member in ("lamb", "adam_mini") or {"clip_update_rms", "clip_by_global_norm"} & set(
+        case.links
+    )
     with ready(case):
         params, state, step = start(case)
         mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
-        specs = {(8,): ("x",), (4, 8): ("x", "y"), (16, 1, 4): (("x", "y"),), (4, 0): ("y",), (40,): (("y", "x"),)}
+        specs = {
+            (8,): ("x",),
+            (4, 8): ("x", "y"),
+            (16, 1, 4): (("x", "y"),),
+            (4, 0): ("y",),
+            (40,): (("y", "x"),),
+        }
 
         def place(x):
             if x.dtype == jax.dtypes.float0:
                 return x
-            return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*specs.get(x.shape, ()))))
+            return jax.device_put(
+                x,
+                jax.sharding.NamedSharding(
+                    mesh, jax.sharding.PartitionSpec(*specs.get(x.shape, ()))
+                ),
+            )
 
         compiled = jax.jit(step, compiler_options=QUICKLY)
         one, other = (params, state), jax.tree.map(place, (params, state))
@@ -226,22 +277,36 @@ def check_layout(case):
         for t in range(4):
             grads = gradients(case, t)
             history.append((one[0], grads))
-            (updates, after), (theirs, their_after) = compiled(*one, grads), compiled(*other, jax.tree.map(place, grads))
+            (updates, after), (theirs, their_after) = (
+                compiled(*one, grads),
+                compiled(*other, jax.tree.map(place, grads)),
+            )
             if sums:
                 columns = [jax.tree.leaves(tree) for pair in history for tree in pair]
                 for i, leaf in enumerate(jax.tree.leaves(case.tree)):
-                    a, b = (np.asarray(jax.tree.leaves(u)[i]).astype(np.complex128) for u in (updates, theirs))
+                    a, b = (
+                        np.asarray(jax.tree.leaves(u)[i]).astype(np.complex128)
+                        for u in (updates, theirs)
+                    )
                     most = (
                         0
                         if is_integer(leaf)
-                        else bound(case, leaf, t, [c[i] for c in columns[::2]], [c[i] for c in columns[1::2]])
+                        else bound(
+                            case,
+                            leaf,
+                            t,
+                            [c[i] for c in columns[::2]],
+                            [c[i] for c in columns[1::2]],
+                        )
                     )
                     info = jnp.finfo("float32" if is_integer(leaf) else leaf.dtype)
                     np.testing.assert_allclose(a, b, rtol=float(info.eps) * 8, atol=1e-4 * most)
             else:
                 assert_same((updates, after), (theirs, their_after), "sharded")
             one = moved(one[0], updates), after
-            other = jax.tree.map(place, (one[0] if sums else moved(other[0], theirs), after if sums else their_after))
+            other = jax.tree.map(
+                place, (one[0] if sums else moved(other[0], theirs), after if sums else their_after)
+            )
 
 
 def main(examples, derandomize):
@@ -270,19 +335,30 @@ def ready(case):
 
 
 def start(case):
-    """Parameters, state, and a step (params, state, gradients) -> (updates, state); traced numbers are its first arguments."""
-    numbers = {name: jnp.asarray(value, float) for name, value in case.plain.items()} if case.traced else {}
+    """Parameters, state, and a step (params, state, gradients) -> (updates, state); traced numbers
+    are its first arguments.
+    """
+    numbers = (
+        {name: jnp.asarray(value, float) for name, value in case.plain.items()}
+        if case.traced
+        else {}
+    )
     params = parameters(case)
 
     def step(params, state, grads, **numbers):
         return case.transformation(**numbers).update(grads, state, params)
 
-    init = jax.jit(lambda params, numbers: case.transformation(**numbers).init(params), compiler_options=QUICKLY)
+    init = jax.jit(
+        lambda params, numbers: case.transformation(**numbers).init(params),
+        compiler_options=QUICKLY,
+    )
     return params, init(params, numbers), functools.partial(step, **numbers)
 
 
 def moved(params, updates):
-    """The parameters after a step; where that is more than their dtype holds, as they were: input stays finite."""
+    """The parameters after a step; where that is more than their dtype holds, as they were: input
+    stays finite.
+    """
     with jax.numpy_dtype_promotion("standard"):
         after = optax.apply_updates(params, updates)
     return jax.tree.map(lambda p, new: jnp.where(jnp.isfinite(new), new, p), params, after)

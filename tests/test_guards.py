@@ -1,4 +1,6 @@
-"""A step that is skipped changes nothing, is counted, and costs no memory; a poisoned run ends where a clean one does."""
+"""A step that is skipped changes nothing, is counted, and costs no memory; a poisoned run ends
+where a clean one does.
+"""
 
 import functools
 import itertools
@@ -17,7 +19,10 @@ from sklearn.datasets import load_digits
 import adam_jax as aj
 
 STORAGES = ["float32", "bfloat16", "8bit"]
-GUARDS = {"nonfinite": aj.skip_nonfinite, "spikes": functools.partial(aj.skip_spikes, window=8, warmup=4)}
+GUARDS = {
+    "nonfinite": aj.skip_nonfinite,
+    "spikes": functools.partial(aj.skip_spikes, window=8, warmup=4),
+}
 seeds = itertools.count()
 
 
@@ -25,12 +30,20 @@ def some(shape, dtype=jnp.float32):
     return normals(*shape, seed=next(seeds), dtype=dtype)
 
 
-PARAMS = {"w": some((64, 80)), "b": some((7,), jnp.bfloat16).at[0].set(-0.0), "s": some(()), "n": jnp.arange(3), "none": None}
+PARAMS = {
+    "w": some((64, 80)),
+    "b": some((7,), jnp.bfloat16).at[0].set(-0.0),
+    "s": some(()),
+    "n": jnp.arange(3),
+    "none": None,
+}
 
 
 def gradients(scale=1.0):
     made = {
-        name: some(leaf.shape, leaf.dtype) * scale if name != "n" else np.zeros(3, jax.dtypes.float0)
+        name: some(leaf.shape, leaf.dtype) * scale
+        if name != "n"
+        else np.zeros(3, jax.dtypes.float0)
         for name, leaf in PARAMS.items()
         if leaf is not None
     }
@@ -50,7 +63,9 @@ def step(tx, params, state, gradients):
 
 
 def run(tx, params, course):
-    """Parameters and state after a course of gradients, each step jitted as a user would; compiled once for equal `tx`."""
+    """Parameters and state after a course of gradients, each step jitted as a user would; compiled
+    once for equal `tx`.
+    """
     state = tx.init(params)
     for gradients in course:
         params, state = step(tx, params, state, gradients)
@@ -60,20 +75,33 @@ def run(tx, params, course):
 # Each pair of a storage and a guard meets two or three members.
 POINTS = [
     (name, storage, guard)
-    for name, (storage, guard) in zip(aj.family.__all__, itertools.cycle(itertools.product(STORAGES, GUARDS)), strict=False)
+    for name, (storage, guard) in zip(
+        aj.family.__all__, itertools.cycle(itertools.product(STORAGES, GUARDS)), strict=False
+    )
 ]
 
 
 @pytest.mark.parametrize(("name", "storage", "guard"), POINTS)
 def test_a_poisoned_step_is_as_if_it_had_not_been(name, storage, guard):
-    """Counts, random bits and all, of every member, with bf16 parameters rounded stochastically behind it."""
-    tx = GUARDS[guard](aj.chain(getattr(aj, name)(1e-2, storage=storage), aj.round_stochastically()))
+    """Counts, random bits and all, of every member, with bf16 parameters rounded stochastically
+    behind it.
+    """
+    tx = GUARDS[guard](
+        aj.chain(getattr(aj, name)(1e-2, storage=storage), aj.round_stochastically())
+    )
     good = [gradients() for _ in range(3)]
     params, state = run(tx, PARAMS, good)
-    after, skipped = run(tx, PARAMS, [good[0], poisoned(good[0]), good[1], poisoned(good[1], "b", -np.inf), good[2]])
+    after, skipped = run(
+        tx, PARAMS, [good[0], poisoned(good[0]), good[1], poisoned(good[1], "b", -np.inf), good[2]]
+    )
     same(after, params)
     same(skipped.inner_state, state.inner_state)
-    assert (state.skipped, skipped.skipped, skipped.consecutive, skipped.too_many) == (0, 2, 0, False)
+    assert (state.skipped, skipped.skipped, skipped.consecutive, skipped.too_many) == (
+        0,
+        2,
+        0,
+        False,
+    )
     assert bits(params) != bits(PARAMS)
 
 
@@ -99,7 +127,11 @@ def test_a_parameter_of_minus_zero_keeps_its_sign():
 
 def test_large_and_absent_numbers_are_not_poison():
     params = {"x": jnp.ones(3), "empty": jnp.zeros((0, 2))}
-    _, state = run(aj.skip_nonfinite(aj.adam(0.1)), params, [{"x": jnp.full(3, 3e38), "empty": jnp.zeros((0, 2))}])
+    _, state = run(
+        aj.skip_nonfinite(aj.adam(0.1)),
+        params,
+        [{"x": jnp.full(3, 3e38), "empty": jnp.zeros((0, 2))}],
+    )
     assert state.skipped == 0
     assert run(aj.skip_nonfinite(aj.adam(0.1)), {}, [{}])[1].skipped == 0
 
@@ -114,9 +146,17 @@ def wrappers():
     yield "in Optax's chain", optax.chain(guarded, optax.scale(0.5))
     yield "masked", optax.masked(guarded, mask)
     yield "around masked", aj.skip_nonfinite(optax.masked(adam, mask))
-    yield "partition", aj.skip_nonfinite(optax.partition({"a": adam, "b": aj.momentum(0.1)}, labels))
+    yield (
+        "partition",
+        aj.skip_nonfinite(optax.partition({"a": adam, "b": aj.momentum(0.1)}, labels)),
+    )
     yield "MultiSteps", aj.skip_nonfinite(optax.MultiSteps(adam, 2).gradient_transformation())
-    yield "inject", optax.inject_hyperparams(lambda learning_rate: aj.skip_nonfinite(aj.adam(learning_rate)))(1e-2)
+    yield (
+        "inject",
+        optax.inject_hyperparams(lambda learning_rate: aj.skip_nonfinite(aj.adam(learning_rate)))(
+            1e-2
+        ),
+    )
     yield "Optax's Adam", aj.skip_nonfinite(optax.adam(1e-2))
     yield "noise", aj.skip_nonfinite(optax.chain(optax.add_noise(0.1, 0.5, 0), adam))
     yield "twice", aj.skip_spikes(aj.skip_nonfinite(adam))
@@ -126,10 +166,15 @@ def wrappers():
 @pytest.mark.usefixtures("standard_promotion")
 def test_inside_and_outside_of_wrappers(name, tx):
     """Without the integer leaf, at which Optax's own transformations stop."""
-    params, good, sick = ({k: v for k, v in tree.items() if k != "n"} for tree in (PARAMS, gradients(), poisoned(gradients())))
+    params, good, sick = (
+        {k: v for k, v in tree.items() if k != "n"}
+        for tree in (PARAMS, gradients(), poisoned(gradients()))
+    )
     expected, _ = run(tx, params, [good, good])
     after, state = run(tx, params, [good, sick, good])
-    passes = {"['s']"} if name == "masked" else set()  # what is masked a wrapper hands on around the guard
+    passes = (
+        {"['s']"} if name == "masked" else set()
+    )  # what is masked a wrapper hands on around the guard
     assert {path: its for path, its in bits(after).items() if path not in passes} == {
         path: its for path, its in bits(expected).items() if path not in passes
     }
@@ -146,7 +191,9 @@ def test_too_many_in_a_row_are_told():
     aj.expect_progress(state)
     _, state = run(tx, PARAMS, [sick, sick, sick, good])
     assert (state[0].skipped, state[0].consecutive, state[0].too_many) == (3, 0, True)
-    with pytest.raises(RuntimeError, match=r"SkipNonfinite at \[0\]: 3 steps skipped in all, 0 in a row now"):
+    with pytest.raises(
+        RuntimeError, match=r"SkipNonfinite at \[0\]: 3 steps skipped in all, 0 in a row now"
+    ):
         aj.expect_progress({"optimizer": state}["optimizer"])
 
 
@@ -157,7 +204,9 @@ def test_checkify_raises_on_the_device():
     error, (_, state) = step({"x": jnp.full(2, jnp.nan)}, state)
     error.throw()
     error, _ = step({"x": jnp.full(2, jnp.nan)}, state)
-    with pytest.raises(checkify.JaxRuntimeError, match="skip_nonfinite has skipped 2 steps in a row"):
+    with pytest.raises(
+        checkify.JaxRuntimeError, match="skip_nonfinite has skipped 2 steps in a row"
+    ):
         error.throw()
 
 
@@ -181,13 +230,20 @@ def temporary(tx):
         return optax.apply_updates(params, updates), state
 
     params = [jax.ShapeDtypeStruct(SHAPE, jnp.float32)] * LEAVES
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, jax.eval_shape(tx.init, params), params)
+        .compile()
+    )
     return compiled.memory_analysis().temp_size_in_bytes / (LEAVES * np.prod(SHAPE))
 
 
-@pytest.mark.parametrize(("storage", "guard"), [*((storage, "nonfinite") for storage in STORAGES), ("float32", "spikes")])
+@pytest.mark.parametrize(
+    ("storage", "guard"), [*((storage, "nonfinite") for storage in STORAGES), ("float32", "spikes")]
+)
 def test_no_second_copy_of_the_state(storage, guard):
-    """No more than the step that is not guarded and two leaves' gradients, which are one byte for each parameter.
+    """No more than the step that is not guarded and two leaves' gradients, which are one byte for
+    each parameter.
 
     The state has eight bytes or two for each.
     """
@@ -204,14 +260,17 @@ def test_guards_are_values():
         assert tx == make(aj.adam(1e-3), max_consecutive=5) != make(aj.adam(1e-3))
         assert hash(tx) == hash(pickle.loads(pickle.dumps(tx)))
         assert eval(repr(tx), vars(aj)) == tx
-        assert tx.flow == aj.adam(1e-3).flow
-        assert aj.state_bytes(make(aj.adam(1e-3)), jnp.ones(5000)).wide == aj.state_bytes(aj.adam(1e-3), jnp.ones(5000)).wide
+        assert tx.interface == aj.adam(1e-3).interface
+        assert (
+            aj.state_bytes(make(aj.adam(1e-3)), jnp.ones(5000)).wide
+            == aj.state_bytes(aj.adam(1e-3), jnp.ones(5000)).wide
+        )
 
 
 def test_the_order_of_links_is_checked_through_a_guard():
     rounds = aj.chain(aj.adam(1e-3), aj.round_stochastically())
     with pytest.raises(ValueError, match="comes after"):
-        aj.chain(aj.skip_nonfinite(rounds), aj.cautious())
+        aj.chain(aj.skip_nonfinite(rounds), aj.stages.cautious())
     with pytest.raises(ValueError, match="turning descent into ascent"):
         aj.chain(aj.skip_nonfinite(aj.adam(1e-3)), aj.scale_by_learning_rate(0.1))
     hidden = aj.chain(aj.skip_nonfinite(optax.chain(rounds)), optax.scale(1.0))
@@ -221,14 +280,26 @@ def test_the_order_of_links_is_checked_through_a_guard():
 
 REFUSED = {
     "a function": (lambda make: make(aj.adam), TypeError, "did you mean to call it?"),
-    "no optimizer": (lambda make: make(None), TypeError, "found None; expected a gradient transformation, such as adam"),
-    "moments": (lambda make: make(aj.track_moments()), ValueError, "takes or gives Moments; expected a whole optimizer"),
+    "no optimizer": (
+        lambda make: make(None),
+        TypeError,
+        "found None; expected a gradient transformation, such as adam",
+    ),
+    "moments": (
+        lambda make: make(aj.track_moments()),
+        ValueError,
+        "takes or gives Moments; expected a whole optimizer",
+    ),
     "none in a row": (
         lambda make: make(aj.adam(0.1), max_consecutive=0),
         ValueError,
         "max_consecutive: found 0; expected 1 or more",
     ),
-    "half in a row": (lambda make: make(aj.adam(0.1), max_consecutive=2.5), TypeError, "found 2.5; expected an integer"),
+    "half in a row": (
+        lambda make: make(aj.adam(0.1), max_consecutive=2.5),
+        TypeError,
+        "found 2.5; expected an integer",
+    ),
 }
 
 
@@ -265,16 +336,22 @@ def test_spikes_refused(arguments, message):
 def course(tx, norms):
     def step(state, norm):
         # Two leaves of which no element has the norm, so that it has to be put together from all.
-        updates, state = tx.update({"a": jnp.full((4,), 0.6 * norm / 2), "b": jnp.full((1,), 0.8 * norm)}, state)
+        updates, state = tx.update(
+            {"a": jnp.full((4,), 0.6 * norm / 2), "b": jnp.full((1,), 0.8 * norm)}, state
+        )
         return state, updates["b"][0] == 0
 
     return jax.lax.scan(step, tx.init({"a": jnp.zeros(4), "b": jnp.zeros(1)}), norms)
 
 
 def judged(norms, **arguments):
-    """Which of a course of gradient norms are skipped; one program for courses of up to 600 norms."""
+    """Which of a course of gradient norms are skipped; one program for courses of up
+    to 600 norms.
+    """
     tx = aj.skip_spikes(optax.identity(), **arguments)
-    state, skipped = course(tx, np.pad(np.asarray(norms, np.float32), (0, 600 - len(norms)), constant_values=1.0))
+    state, skipped = course(
+        tx, np.pad(np.asarray(norms, np.float32), (0, 600 - len(norms)), constant_values=1.0)
+    )
     assert int(state.skipped) == skipped.sum()
     return np.asarray(skipped)[: len(norms)]
 
@@ -299,7 +376,10 @@ def test_the_rule_is_the_one_in_the_docstring(arguments):
     norms = np.exp(random.normal(0, 0.3, 600) - np.linspace(0, 4, 600))
     norms[random.integers(0, 600, 30)] *= np.exp(random.normal(0, 3, 30))
     norms[random.integers(0, 600, 5)] = np.inf
-    found = judged(norms, **dict(zip(("deviations", "least_ratio", "window", "warmup"), arguments, strict=True)))
+    found = judged(
+        norms,
+        **dict(zip(("deviations", "least_ratio", "window", "warmup"), arguments, strict=True)),
+    )
     expected = far(norms.astype(np.float32).astype(float), *arguments)
     np.testing.assert_array_equal(found, expected)
     assert 5 < expected.sum() < 300
@@ -320,7 +400,9 @@ def test_smaller_norms_are_never_far_and_a_new_level_is_taken_after_half_a_windo
 def test_a_ring_that_was_filled_many_times_stays_a_ring():
     tx = aj.skip_spikes(optax.identity(), window=4, warmup=2)
     norms = 1 + jnp.arange(23.0)[:, None] / 100
-    state = jax.lax.scan(lambda state, norm: (tx.update(norm, state)[1], None), tx.init(jnp.zeros(1)), norms)[0]
+    state = jax.lax.scan(
+        lambda state, norm: (tx.update(norm, state)[1], None), tx.init(jnp.zeros(1)), norms
+    )[0]
     np.testing.assert_allclose(np.sort(state.norms), [1.19, 1.2, 1.21, 1.22], rtol=1e-6)
     assert 4 <= state.seen < 8
 
@@ -344,11 +426,16 @@ RUNS = {
 
 @functools.cache
 def losses(optimizer):
-    """By poison the training losses of a small network and the skipped steps, by seed; and the poisoned steps, by seed."""
+    """By poison the training losses of a small network and the skipped steps, by seed; and the
+    poisoned steps, by seed.
+    """
     (tx, poisons), random = RUNS[optimizer], np.random.default_rng(0)
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
-    start = {"w1": random.normal(size=(SEEDS, 64, 32)) / 8, "w2": random.normal(size=(SEEDS, 32, 10)) / 6}
+    start = {
+        "w1": random.normal(size=(SEEDS, 64, 32)) / 8,
+        "w2": random.normal(size=(SEEDS, 32, 10)) / 6,
+    }
     start |= {"b1": np.zeros((SEEDS, 32)), "b2": np.zeros((SEEDS, 10))}
     batches = random.integers(0, len(images), (SEEDS, STEPS, BATCH))
     sick = random.random((SEEDS, STEPS)) < 0.01  # one step in a hundred
@@ -357,7 +444,9 @@ def losses(optimizer):
 
     def loss(params, x, y):
         hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
-        return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["w2"] + params["b2"], y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            hidden @ params["w2"] + params["b2"], y
+        ).mean()
 
     def train(kind, params, *course):
         def step(carry, each):
@@ -365,7 +454,9 @@ def losses(optimizer):
             chosen, sick, row = each
             gradients = jax.grad(loss)(params, images[chosen], labels[chosen])
             poison = jax.lax.switch(kind, POISON.values(), row, gradients)
-            gradients = jax.tree.map(lambda bad, good: jnp.where(sick, bad, good), poison, gradients)
+            gradients = jax.tree.map(
+                lambda bad, good: jnp.where(sick, bad, good), poison, gradients
+            )
             updates, state = tx.update(gradients, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -375,14 +466,28 @@ def losses(optimizer):
     kinds = np.array([list(POISON).index(kind) for kind in poisons], np.int32)
     each = jax.jit(jax.vmap(jax.vmap(train, (None, 0, 0, 0, 0)), (0, None, None, None, None)))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        found, state = each(kinds, jax.tree.map(jnp.float32, start), batches.astype(np.int32), sick, rows.astype(np.int32))
-    parts = jax.tree.map(lambda x: dict(zip(poisons, np.asarray(x), strict=True)), (found, getattr(state, "skipped", found)))
+        found, state = each(
+            kinds,
+            jax.tree.map(jnp.float32, start),
+            batches.astype(np.int32),
+            sick,
+            rows.astype(np.int32),
+        )
+    parts = jax.tree.map(
+        lambda x: dict(zip(poisons, np.asarray(x), strict=True)),
+        (found, getattr(state, "skipped", found)),
+    )
     return *parts, sick.sum(1)
 
 
 @pytest.mark.parametrize(
     ("guard", "poison"),
-    [("skip_nonfinite", "NaN"), ("skip_nonfinite", "infinity"), ("skip_spikes", "NaN"), ("skip_spikes", "spike")],
+    [
+        ("skip_nonfinite", "NaN"),
+        ("skip_nonfinite", "infinity"),
+        ("skip_spikes", "NaN"),
+        ("skip_spikes", "spike"),
+    ],
 )
 def test_a_poisoned_run_ends_where_a_clean_one_does(guard, poison):
     """Within the noise of the seeds: the means differ by less than the standard deviation."""
@@ -420,7 +525,9 @@ def test_a_window_smaller_than_the_usual_warmup():
 def test_traced_limits():
     @jax.jit
     def skipped(ratio):
-        tx = aj.skip_spikes(optax.identity(), least_ratio=ratio, deviations=ratio, window=4, warmup=2)
+        tx = aj.skip_spikes(
+            optax.identity(), least_ratio=ratio, deviations=ratio, window=4, warmup=2
+        )
         state = tx.init(jnp.zeros(1))
         for norm in (1.0, 1.0, 1.0, 3.0):
             _, state = tx.update(jnp.full(1, norm), state)
@@ -467,7 +574,9 @@ def test_states_of_others_are_refused():
         with pytest.raises(ValueError, match=f"skip_nonfinite: .*{says}.*convert_state"):
             guarded.update(params, state, params)
     with pytest.raises(ValueError, match="skip_spikes: found a state of"):
-        aj.skip_spikes(aj.adam(0.1), window=64).update(params, aj.skip_spikes(aj.adam(0.1)).init(params), params)
+        aj.skip_spikes(aj.adam(0.1), window=64).update(
+            params, aj.skip_spikes(aj.adam(0.1)).init(params), params
+        )
 
 
 def test_schedules_and_strings_are_refused():

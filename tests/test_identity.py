@@ -1,4 +1,5 @@
-"""A state is refused where it is not the transformation's own, or it is right: for every ordered pair, wrapper and group.
+"""A state is refused where it is not the transformation's own, or it is right: for every ordered
+pair, wrapper and group.
 
 What may be taken is written down here: states whose moments, weights and storage are the same.
 """
@@ -40,7 +41,7 @@ TXS = {
     "keras.adam": presets.keras.adam(),
     "sgd": aj.chain(aj.scale_by_learning_rate(0.1)),
     "compensated": aj.chain(aj.adam(0.1), aj.compensate()),
-    "averaged": aj.chain(aj.adam(0.1), aj.average_parameters(0.9)),
+    "averaged": aj.chain(aj.adam(0.1), aj.stages.average_parameters(0.9)),
     "skip_nonfinite": aj.skip_nonfinite(aj.adam(0.1)),
     "skip_spikes": aj.skip_spikes(aj.adam(0.1)),
     "observe": aj.observe(aj.adam(0.1)),
@@ -50,18 +51,21 @@ TXS = {
 }
 
 ALIKE = [
-    # Averages of gradients and of their squares, whatever the numbers are and whatever is done with them.
+    # Averages of gradients and of their squares, whatever the numbers are and whatever is done with
+    # them.
     {"adam", "yogi", "keras.adam"},
     {"adamax"},
 ]
 """The groups of transformations whose states are the same."""
 
 TAKEN = {("adam scheduled", "adam"), ("adam scheduled", "yogi"), ("adam scheduled", "keras.adam")}
-"""Ordered pairs of a state and a transformation that takes it: one that needs no counter leaves it where it is."""
+"""Ordered pairs of a state and a transformation that takes it: one that needs no counter leaves it
+where it is."""
 
 REFUSAL = re.compile(
     r"got the state of another transformation: .*(convert_state|from_optax)\(|"
-    r"the state's \w+ .*which is not how .*convert_state\(|the state has no scale .*convert_state\(|"
+    r"the state's \w+ .*which is not how .*convert_state\(|"
+    r"the state has no scale .*convert_state\(|"
     r"the state's nu has shape .*convert_state\(|found a state of .*convert_state",
     re.DOTALL,
 )
@@ -82,7 +86,11 @@ def take(tx, state):
 @pytest.mark.parametrize("here", [name for name in TXS if not name.startswith("optax")])
 def test_every_ordered_pair(here, states):
     for there in TXS:
-        alike = there == here or any({there, here} <= group for group in ALIKE) or (there, here) in TAKEN
+        alike = (
+            there == here
+            or any({there, here} <= group for group in ALIKE)
+            or (there, here) in TAKEN
+        )
         if alike:
             take(TXS[here], states[there])
             continue
@@ -95,10 +103,17 @@ def test_every_ordered_pair(here, states):
 def test_what_is_taken_is_right(states):
     """A step from another's state, of equal meaning, is the step that `convert_state` leads to."""
     grads = jax.tree.map(lambda x: x + 1, PARAMS)
-    for there, here in [("adam", "yogi"), ("yogi", "adam"), ("adam scheduled", "adam"), ("keras.adam", "adam")]:
+    for there, here in [
+        ("adam", "yogi"),
+        ("yogi", "adam"),
+        ("adam scheduled", "adam"),
+        ("keras.adam", "adam"),
+    ]:
         before = TXS[there].update(PARAMS, states[there], PARAMS)[1]
         converted = aj.convert_state(before, TXS[there], TXS[here], PARAMS).state
-        found, expected = (TXS[here].update(grads, state, PARAMS)[0] for state in (before, converted))
+        found, expected = (
+            TXS[here].update(grads, state, PARAMS)[0] for state in (before, converted)
+        )
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -123,15 +138,24 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_inside_wrappers_and_groups(name):
     wrap = WRAPPERS[name]
-    for here, there in [(aj.adam(0.1), aj.adamax(0.1)), (aj.adamw(0.1), aj.adam(0.1)), (aj.adam(FADING), aj.adam(0.1))]:
+    for here, there in [
+        (aj.adam(0.1), aj.adamax(0.1)),
+        (aj.adamw(0.1), aj.adam(0.1)),
+        (aj.adam(FADING), aj.adam(0.1)),
+    ]:
         with pytest.raises(ValueError, match=REFUSAL):
             take(wrap(here), wrap(there).init(PARAMS))
 
 
 def test_groups_that_were_swapped():
     groups = [aj.adam(0.1), aj.adabelief(0.1)]
-    one, other = (aj.by_path({"b": first, "w": second}, "frozen") for first, second in (groups, groups[::-1]))
-    with refused(ValueError, "at .inner_states['b'][0] a TrackMeanBeliefState, where it keeps a TrackMeanSquareState"):
+    one, other = (
+        aj.by_path({"b": first, "w": second}, "frozen") for first, second in (groups, groups[::-1])
+    )
+    with refused(
+        ValueError,
+        "at .inner_states['b'][0] a TrackMeanBeliefState, where it keeps a TrackMeanSquareState",
+    ):
         take(one, other.init(PARAMS))
 
 
@@ -139,21 +163,26 @@ def test_what_comes_back_from_a_checkpoint_without_a_target():
     tx = aj.adam(0.1)
     first, *rest = tx.init(PARAMS)
     for state in ([first._asdict(), *rest], {"0": first._asdict()}, None):
-        with refused(ValueError, "adam(", "got the state of another transformation", "target" if state is None else ""):
+        with refused(
+            ValueError,
+            "adam(",
+            "got the state of another transformation",
+            "target" if state is None else "",
+        ):
             take(tx, state)
 
 
 def test_every_class_of_states_can_be_imported():
-    from adam_jax import _moments
+    from adam_jax.stages import rules
 
-    for kind in _moments.STATES.values():
-        assert getattr(_moments, kind.__name__) is kind
+    for kind in rules.STATES.values():
+        assert getattr(rules, kind.__name__) is kind
         assert kind.__doc__.startswith("State of `track_moments`")
     assert type(aj.adam(0.1).init(jnp.ones(2))[0]).__name__ == "TrackMeanSquareState"
 
 
 def test_a_strangers_state_that_is_a_tree_like_the_parameters():
-    @aj.stage(takes="updates", gives="updates")
+    @aj.extend.stage(takes="updates", gives="updates")
     def remember():
         return lambda params: params, lambda updates, state, params, context: (updates, updates)
 

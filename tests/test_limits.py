@@ -1,4 +1,6 @@
-"""The ends of the road: counts at their limit, ten thousand steps, what the package never does, what hostile input has found."""
+"""The ends of the road: counts at their limit, ten thousand steps, what the package never does,
+what hostile input has found.
+"""
 
 import ast
 import functools
@@ -36,12 +38,18 @@ def start():
 def counts(state):
     """The step counts in a state, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.dtype == jnp.int32 and leaf.shape == ()}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in leaves
+        if leaf.dtype == jnp.int32 and leaf.shape == ()
+    }
 
 
 def counted(state, count):
     """The state of someone who has counted that far."""
-    return jax.tree.map(lambda x: jnp.int32(count) if x.dtype == jnp.int32 and x.shape == () else x, state)
+    return jax.tree.map(
+        lambda x: jnp.int32(count) if x.dtype == jnp.int32 and x.shape == () else x, state
+    )
 
 
 COUNTS = (LAST - 1, LAST, -1, 0, -(2**31))
@@ -49,10 +57,19 @@ COUNTS = (LAST - 1, LAST, -1, 0, -(2**31))
 
 @functools.cache
 def counting():
-    """By first count and name: updates and states of three steps; one program for all members, and for links behind one."""
+    """By first count and name: updates and states of three steps; one program for all members, and
+    for links behind one.
+    """
     params, grads = start()
-    links = (aj.cautious(), aj.clip_update_rms(), aj.round_stochastically(), aj.average_parameters(0.9))
-    txs = {name: getattr(aj, name)(0.1) for name in aj.family.__all__} | {"links": aj.chain(aj.adam(0.1), *links)}
+    links = (
+        aj.stages.cautious(),
+        aj.stages.clip_update_rms(),
+        aj.round_stochastically(),
+        aj.stages.average_parameters(0.9),
+    )
+    txs = {name: getattr(aj, name)(0.1) for name in aj.family.__all__} | {
+        "links": aj.chain(aj.adam(0.1), *links)
+    }
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def update(states):
@@ -77,12 +94,17 @@ def test_a_count_saturates_and_all_stays_finite(name):
             updates, state = found[name]
             assert len(counts(state)) > (1 if name == "links" else 0)
             assert {int(found) for found in counts(state).values()} == {min(count + step, LAST)}
-            assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves((updates, state)))
+            assert all(
+                np.isfinite(np.asarray(x, np.float32)).all()
+                for x in jax.tree.leaves((updates, state))
+            )
 
 
 @pytest.mark.parametrize("count", [LAST - 1, -1, 0])
 def test_weights_do_not_know_the_count(count):
-    """After n steps they are 1 − βⁿ, whatever the count says; and so is all that is divided by them."""
+    """After n steps they are 1 − βⁿ, whatever the count says; and so is all that is divided by
+    them.
+    """
     tx = aj.adam(1.0, 0.5, 0.75, 0.0)
     grad = jnp.asarray([3.0, -2.0])
     _, state = tx.update(grad, tx.init(grad))
@@ -94,13 +116,19 @@ def test_weights_do_not_know_the_count(count):
 
 
 def test_the_parts_that_count_take_their_limits_for_what_they_are():
-    """By hand: ADOPT clips to t^¼ and takes a count of 0, and only that, for its first step, at which it stands still."""
+    """By hand:
+
+    ADOPT clips to t^¼ and takes a count of 0, and only that, for its first step, at which it stands
+    still.
+    """
     tx, grad = aj.adopt(1.0, 0.5, 0.75, 0.0), jnp.asarray([3.0, -2.0])
     _, first = tx.update(grad, tx.init(grad))
     for count, moves, nu_weight in [(LAST - 1, True, 1.0), (-1, True, 1.0), (0, False, 1.0)]:
         updates, state = tx.update(grad, counted(first, count))
         # d = g/|g|, which a limit of 0 clips: counts below 0 have the limit of 0.
-        np.testing.assert_allclose(updates, [-0.5, 0.5] if moves and count > 0 else [0, 0], rtol=1e-6)
+        np.testing.assert_allclose(
+            updates, [-0.5, 0.5] if moves and count > 0 else [0, 0], rtol=1e-6
+        )
         assert state[0].weights[0, 0] == nu_weight
 
 
@@ -109,7 +137,9 @@ def test_the_parts_that_count_take_their_limits_for_what_they_are():
 
 @pytest.mark.parametrize("donated", [True, False])
 def test_ten_thousand_steps_leak_nothing(donated):
-    """No array more than at the start; and not two megabytes, 200 bytes a step, of anything else."""
+    """No array more than at the start; and not two megabytes, 200 bytes a step, of
+    anything else.
+    """
     tx = aj.chain(aj.adamw(1e-3, storage=aj.storage.Codes(smallest=0)), aj.round_stochastically())
     params, grads = start()
     state = tx.init(params)
@@ -153,7 +183,10 @@ def test_a_thousand_equal_transformations_compile_once_and_leave_nothing():
     jitted = jax.jit(step, static_argnums=0)
 
     def make():
-        return aj.chain(aj.adamw(1e-3, b1=0.8, mask={"w": True, "b": False}, storage="8bit"), aj.average_parameters(0.9))
+        return aj.chain(
+            aj.adamw(1e-3, b1=0.8, mask={"w": True, "b": False}, storage="8bit"),
+            aj.stages.average_parameters(0.9),
+        )
 
     state = make().init(params)
     jitted(make(), params, state)
@@ -186,12 +219,15 @@ def hook(event, args):
         mode, flags = args[1] or "", args[2] or 0
         bad = set(str(mode)) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     elif event in ("compile", "exec"):
-        bad = ours(sys._getframe(1))  # NamedTuple and dataclass make their methods so: called by the package, not in it
+        # NamedTuple and dataclass make their methods so: called by the package, not in it
+        bad = ours(sys._getframe(1))
     elif event.startswith("sys._getframe") or event.startswith("object."):
         return
     else:
-        bad = event.split(".")[0] in ("socket", "pickle", "marshal", "subprocess", "urllib", "ctypes", "shutil") or event in (
-            "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename", "os.mkdir", "os.rmdir")
+        modules = "socket", "pickle", "marshal", "subprocess", "urllib", "ctypes", "shutil"
+        calls = "system", "exec", "posix_spawn", "fork", "remove", "rename", "mkdir", "rmdir"
+        first, _, call = event.partition(".")
+        bad = first in modules or (first == "os" and call in calls)
         bad = bad and event != "marshal.loads"  # importing
     frame = sys._getframe(1) if bad else None
     while frame is not None:
@@ -204,14 +240,15 @@ sys.addaudithook(hook)
 import adam_jax as aj
 
 params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3, jnp.bfloat16)}
-links = (aj.cautious(), aj.clip_update_rms(), aj.round_stochastically(), aj.average_parameters(0.9))
+from adam_jax.stages import average_parameters, cautious, clip_update_rms
+links = (cautious(), clip_update_rms(), aj.round_stochastically(), average_parameters(0.9))
 for name in aj.family.__all__:
     tx = aj.chain(getattr(aj, name)(0.1), *links)
     state = tx.init(params)
     step = jax.jit(tx.update) if name == "adam" else lambda *args: jax.eval_shape(tx.update, *args)
     step(params, state, params)
     repr(tx), hash(tx), tx == tx.stages[0], str(aj.state_bytes(tx, params))
-    aj.hyperparameters(state, tx), aj.averaged_parameters(state)
+    aj.hyperparameters(state, tx), aj.stages.averaged_parameters(state)
     try:
         tx.update({"w": jnp.ones(3)}, state, params)
     except ValueError:
@@ -235,21 +272,27 @@ def test_it_evaluates_no_string_unpickles_nothing_opens_no_socket_and_writes_no_
     """Python's own audit hook listens while every member is imported, made, run and printed."""
     command = [sys.executable, "-B", "-c", USE, str(PACKAGE)]
     # JAX's compilation cache is a file, and would be written while the package calls.
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+    }
     environment["JAX_PLATFORMS"] = "cpu"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     heard = json.loads(done.stdout.splitlines()[-1])
     assert heard["said"] == []
-    assert {"open", "compile", "exec", "pickle.find_class", "socket.__new__"} <= set(heard["control"])
+    assert {"open", "compile", "exec", "pickle.find_class", "socket.__new__"} <= set(
+        heard["control"]
+    )
 
 
 NEVER = {
-    "eval", "exec", "compile", "__import__", "open", "pickle", "marshal", "shelve", "dill", "joblib", "socket", "ssl", "http",
-    "urllib", "requests", "subprocess", "ctypes", "system", "popen", "write_text", "write_bytes",
+    "eval", "exec", "compile", "__import__", "open", "pickle", "marshal", "shelve", "dill",
+    "joblib", "socket", "ssl", "http", "urllib", "requests", "subprocess", "ctypes", "system",
+    "popen", "write_text", "write_bytes",
 }  # fmt: skip
-ASKED = {"__main__.py": {"open"}, "demo.py": {"open"}}
-"""What a user asks for: the demo's figure, whose file is opened before the work is done, and its data."""
+ASKED = {"training.py": {"open"}, "data.py": {"open"}}
+"""What a user asks for: the demo's figure, whose file is opened before the work is done, and its
+data."""
 
 
 def test_its_source_names_none_of_that():
@@ -281,16 +324,23 @@ def test_a_tree_that_is_one_integer_or_nothing_passes(member):
 
 
 def test_radam_with_a_falling_b2_is_finite():
-    """ν then holds squares of more steps than the new b2 ever would, and the rectification was the root of a negative number."""
+    """ν then holds squares of more steps than the new b2 ever would, and the rectification was the
+    root of a negative number.
+    """
     tx, grad = aj.radam(1.0, b2=lambda t: jnp.where(t < 1000, 0.99, 0.5)), jnp.asarray([3.0, -2.0])
-    state = jax.lax.scan(lambda state, _: (tx.update(grad, state)[1], None), tx.init(grad), length=1000)[0]
+    state = jax.lax.scan(
+        lambda state, _: (tx.update(grad, state)[1], None), tx.init(grad), length=1000
+    )[0]
     updates, state = tx.update(grad, state)
-    # rho_inf is 2/(1 − 0.5) − 1 = 3, too short for ν to be trusted: the update is the mean gradient.
+    # rho_inf is 2/(1 − 0.5) − 1 = 3, too short for ν to be trusted: the update is the mean
+    # gradient.
     np.testing.assert_allclose(updates, -grad, rtol=1e-5)
 
 
 def test_adopt_with_a_wrapped_count_is_finite():
-    """The fourth root of a count below 0 was NaN, and with it the limit that the update is clipped to."""
+    """The fourth root of a count below 0 was NaN, and with it the limit that the update is clipped
+    to.
+    """
     tx, grad = aj.adopt(0.1), jnp.asarray([3.0, -2.0])
     _, state = tx.update(grad, tx.init(grad))
     for _ in range(3):
@@ -315,15 +365,18 @@ def test_codes_of_float64_moments_stay_finite(x64):
     tx = aj.adam(0.1, 0.1, 0.5, storage=aj.storage.Codes(smallest=0))
     for dtype in (jnp.float64, jnp.complex128):
         grad = jnp.full(3, 1e200, dtype)
-        step = lambda state, _, grad=grad: tx.update(grad, state)[::-1]  # noqa: E731
+        step = lambda state, _, grad=grad: tx.update(grad, state)[::-1]
         assert np.isfinite(jax.lax.scan(step, tx.init(grad), length=9)[1]).all()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_huge_update_is_shortened_to_the_threshold(decay):
-    """Squares of updates beyond 2⁶³ are infinite, and the step was 0 or NaN. Decay of huge parameters makes such updates."""
+    """Squares of updates beyond 2⁶³ are infinite, and the step was 0 or NaN.
+
+    Decay of huge parameters makes such updates.
+    """
     params = jnp.asarray([1.5e38, -1.5e38, 0.75e38])
-    tx = aj.chain(aj.adamw(0.1, weight_decay=decay), aj.clip_update_rms())
+    tx = aj.chain(aj.adamw(0.1, weight_decay=decay), aj.stages.clip_update_rms())
     updates, _ = tx.update(jnp.ones(3), tx.init(params), params)
     # By hand: 2, -2 and 1 in units of their root mean square, √3.
     direction = np.array([-2, 2, -1]) / 3**0.5 if decay else -np.ones(3)
@@ -332,11 +385,15 @@ def test_a_huge_update_is_shortened_to_the_threshold(decay):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 def test_lamb_with_parameters_close_to_the_largest_number(dtype):
-    """The quotient of the norms was infinite, and so was the size of a complex number before any sum."""
+    """The quotient of the norms was infinite, and so was the size of a complex number before any
+    sum.
+    """
     size = 2e38 if dtype == jnp.float32 else 2e38 + 3e38j
     params = jnp.asarray([size, -size, 0.5 * size], dtype)
     tx = aj.lamb(0.1, eps_root=1e-8)
     updates, _ = jax.jit(tx.update)(0.1 * jnp.ones(3, dtype), tx.init(params), params)
     assert np.isfinite(updates).all()
-    bound = 0.1 * min(float(np.linalg.norm(np.asarray(params, complex))), float(np.finfo(np.float32).max))
+    bound = 0.1 * min(
+        float(np.linalg.norm(np.asarray(params, complex))), float(np.finfo(np.float32).max)
+    )
     np.testing.assert_allclose(np.linalg.norm(np.asarray(updates, complex)), bound, rtol=1e-5)

@@ -1,4 +1,6 @@
-"""The notebooks as they are committed: begun alike, run once from top to bottom, quiet, and fit to be looked at. CI runs them."""
+"""The notebooks as they are committed: begun alike, run once from top to bottom, quiet, and fit to
+be looked at. CI runs them.
+"""
 
 import re
 from pathlib import Path
@@ -48,7 +50,9 @@ def outputs(code):
 
 
 def test_numbered_from_one():
-    assert [re.match(r"(\d)_[a-z_]+$", path.stem)[1] for path in NOTEBOOKS] == [str(i + 1) for i in range(len(NOTEBOOKS))]
+    assert [re.match(r"(\d)_[a-z_]+$", path.stem)[1] for path in NOTEBOOKS] == [
+        str(i + 1) for i in range(len(NOTEBOOKS))
+    ]
 
 
 def test_begins_with_its_title_and_the_common_cell(notebook, path):
@@ -65,12 +69,19 @@ def test_ran_once_from_top_to_bottom(code):
 
 def test_quiet(outputs):
     """No exception, and nothing on stderr, where warnings go."""
-    assert [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"] == []
+    assert [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ] == []
 
 
 def test_prints_in_one_piece(code):
     """Each piece would be a box of its own on the page."""
-    names = [[output.get("name") for output in cell.outputs if output.output_type == "stream"] for cell in code]
+    names = [
+        [output.get("name") for output in cell.outputs if output.output_type == "stream"]
+        for cell in code
+    ]
     assert [found for found in names if len(found) > 1] == []
 
 
@@ -79,9 +90,16 @@ def test_has_figures(outputs):
 
 
 def test_names_no_machine(outputs):
-    """Text of outputs: a path of the machine that ran them, or the address of an object, is noise in every diff."""
-    text = "\n".join(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs)
-    assert re.findall(r"/(?:home|root|tmp|work|usr|opt|content|Users)/\S*|0x[0-9a-f]{6,}", text) == []
+    """Text of outputs: a path of the machine that ran them, or the address of an object, is noise
+    in every diff.
+    """
+    text = "\n".join(
+        str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+        for output in outputs
+    )
+    assert (
+        re.findall(r"/(?:home|root|tmp|work|usr|opt|content|Users)/\S*|0x[0-9a-f]{6,}", text) == []
+    )
 
 
 def test_is_kept_small(path):

@@ -1,7 +1,8 @@
-"""A step is the same bit for bit on one device and on eight, however its arrays are laid out, and moves none of them.
+"""A step is the same bit for bit on one device and on eight, however its arrays are laid out, and
+moves none of them.
 
-One process with eight devices that are this machine's CPU runs all cases and prints what it found: this file, as a script.
-"""
+One process with eight devices that are this machine's CPU runs all cases and prints what it found:
+this file, as a script."""
 
 import functools
 import json
@@ -13,21 +14,28 @@ import sys
 
 import pytest
 
-# Leaves of several ranks, with a scale per row and one for all, narrow and wide. One is too small to be stored in 8 bits.
+# Leaves of several ranks, with a scale per row and one for all, narrow and wide. One is too small
+# to be stored in 8 bits.
 SHAPES = {"w": (128, 64), "t": (8, 16, 128), "wide": (4096,), "b": (40,)}
 LAYOUTS = ("rows", "columns", "both", "replicated")
 STEPS = 10
-# name: (member, storage, link, whether a step needs a number from all of a leaf). Each of its meshes gives every leaf another
-# layout; over all of them a leaf sees every layout.
+# name: (member, storage, link, whether a step needs a number from all of a leaf). Each of its
+# meshes gives every leaf another layout; over all of them a leaf sees every layout.
 CASES = {
     "adam in bfloat16, rounded stochastically": ("adam", "bfloat16", "round_stochastically", False),
     "adam in 8 bits, compensated": ("adam", "8bit", "compensate", True),
-    "ademamix in 8 bits, rounded stochastically": ("ademamix", "8bit", "round_stochastically", True),
+    "ademamix in 8 bits, rounded stochastically": (
+        "ademamix",
+        "8bit",
+        "round_stochastically",
+        True,
+    ),
     "adopt in bfloat16, compensated": ("adopt", "bfloat16", "compensate", False),
 }
 DEVICES = dict(zip(CASES, [(2, 8), (2, 8), (4,), (4,)], strict=True))
 COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|reduce-scatter|send|recv)(?:-start)?\("
+    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|"
+    r"reduce-scatter|send|recv)(?:-start)?\("
 )
 FEW = 1000
 """Elements: more than the scales of all moments together, less than any leaf that has scales."""
@@ -39,7 +47,9 @@ def found():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -84,7 +94,13 @@ def collectives(text):
     """Kind and number of elements of all that is exchanged in a compiled program."""
     matches = map(COLLECTIVE.search, text.splitlines())
     return [
-        [match[2], sum(math.prod(map(int, filter(None, s.split(",")))) for s in re.findall(r"\w\[([\d,]*)\]", match[1]))]
+        [
+            match[2],
+            sum(
+                math.prod(map(int, filter(None, s.split(","))))
+                for s in re.findall(r"\w\[([\d,]*)\]", match[1])
+            ),
+        ]
         for match in matches
         if match
     ]
@@ -104,7 +120,10 @@ def main():
 
     def tree(scale):
         wide = {"wide": np.float32}
-        return {k: np.asarray(draw.standard_normal(s) * scale, wide.get(k, jnp.bfloat16)) for k, s in SHAPES.items()}
+        return {
+            k: np.asarray(draw.standard_normal(s) * scale, wide.get(k, jnp.bfloat16))
+            for k, s in SHAPES.items()
+        }
 
     start = tree(1.0)
     grads = [tree(2.0 ** draw.integers(-6, 2)) for _ in range(STEPS)]
@@ -134,7 +153,9 @@ def main():
         return jnp.array(x) if where is None else jax.device_put(x, where(x))
 
     def run(tx, where):
-        """Bytes of parameters, state and updates after every step, of two runs; the compiled step; what has left its place."""
+        """Bytes of parameters, state and updates after every step, of two runs; the compiled step;
+        what has left its place.
+        """
         put = functools.partial(jax.tree.map, functools.partial(place, where=where))
         first = put((start, jax.jit(tx.init)(start)))
 
@@ -149,7 +170,11 @@ def main():
             for g in grads:
                 after = jax.tree_util.tree_leaves_with_path(made := compiled(params, state, put(g)))
                 if where is not None:
-                    away = [(k, x) for k, x in after if not x.sharding.is_equivalent_to(where(x), x.ndim)]
+                    away = [
+                        (k, x)
+                        for k, x in after
+                        if not x.sharding.is_equivalent_to(where(x), x.ndim)
+                    ]
                     moved |= {f"{jax.tree_util.keystr(k)} {x.shape}: {x.sharding}" for k, x in away}
                 log.append({jax.tree_util.keystr(k): np.asarray(x).tobytes() for k, x in after})
                 params, state = put(made[:2])
@@ -158,7 +183,12 @@ def main():
     def differ(one, other):
         """Which arrays, and at which step first."""
         assert all(a.keys() == b.keys() for a, b in zip(one, other, strict=True))
-        steps = [(i, path) for i, (a, b) in enumerate(zip(one, other, strict=True)) for path in a if a[path] != b[path]]
+        steps = [
+            (i, path)
+            for i, (a, b) in enumerate(zip(one, other, strict=True))
+            for path in a
+            if a[path] != b[path]
+        ]
         return [f"{path} at step {i}" for i, path in steps if i == min(steps)[0]]
 
     results = {}

@@ -22,7 +22,9 @@ PRESETS = [(which, name) for which in presets.__all__ for name in getattr(preset
 
 
 def problem(seed=0):
-    """Gradients from 10 down to 1e-10 of an element, so that most ε are larger than some of them, and where they start."""
+    """Gradients from 10 down to 1e-10 of an element, so that most ε are larger than some of them,
+    and where they start.
+    """
     rng = np.random.default_rng(seed)
     size = 10.0 ** rng.uniform(-2, 1, (STEPS, 1, 1)) * 10.0 ** np.linspace(-8, 0, 30).reshape(SHAPE)
     return rng.standard_normal((STEPS, *SHAPE)) * size, rng.standard_normal(SHAPE)
@@ -45,7 +47,9 @@ def ours(tx, gradients, theta, dtype="float64"):
 
 
 def agree(found, expected, theta, rtol):
-    """The way from the start agrees element by element: those that move by little, where ε is all, count like the others."""
+    """The way from the start agrees element by element: those that move by little, where ε is all,
+    count like the others.
+    """
     found, expected = (np.asarray(path, np.float64) - theta for path in (found, expected))
     moved = np.abs(expected).max(0)
     assert moved.min() > 0
@@ -111,17 +115,25 @@ def test_torch(name, x64):
     theirs, options = TORCH[name]
     gradients, theta = problem()
     expected = torch_path(theirs, options, gradients, theta, "float64")
-    agree(ours(getattr(presets.torch, name.split()[0])(rate, **options), gradients, theta), expected, theta, EXACT)
+    agree(
+        ours(getattr(presets.torch, name.split()[0])(rate, **options), gradients, theta),
+        expected,
+        theta,
+        EXACT,
+    )
 
 
-# Of an element that starts at 1 and moves by 1e-7, float32 shows one digit: these start at 0. PyTorch's own rounding errors are
-# 1e-6 of a way then, and those of Keras, which rounds β₂ᵗ and 1 − β₂ apart, 8e-6.
+# Of an element that starts at 1 and moves by 1e-7, float32 shows one digit: these start at 0.
+# PyTorch's own rounding errors are 1e-6 of a way then, and those of Keras, which rounds β₂ᵗ and 1 −
+# β₂ apart, 8e-6.
 @pytest.mark.parametrize("name", [name for name in TORCH if "default" in name])
 def test_torch_in_float32(name):
     theirs, options = TORCH[name]
     gradients, theta = problem()[0], np.zeros(SHAPE)
     expected = torch_path(theirs, options, gradients, theta, "float32")
-    found = ours(getattr(presets.torch, name.split()[0])(rate, **options), gradients, theta, "float32")
+    found = ours(
+        getattr(presets.torch, name.split()[0])(rate, **options), gradients, theta, "float32"
+    )
     agree(found, expected, theta, FLOAT32)
 
 
@@ -140,20 +152,28 @@ KERAS = {
     "nadam": ("Nadam", SOME | {"weight_decay": 0.07, "global_clipnorm": 0.1}),
     "nadam default": ("Nadam", {}),
     "rmsprop": ("RMSprop", {"rho": 0.97, "momentum": 0.6, "epsilon": 1e-5, "weight_decay": 0.07}),
-    "rmsprop centered": ("RMSprop", {"rho": 0.97, "momentum": 0.6, "centered": True, "clipnorm": 0.1}),
+    "rmsprop centered": (
+        "RMSprop",
+        {"rho": 0.97, "momentum": 0.6, "centered": True, "clipnorm": 0.1},
+    ),
     "rmsprop decay": ("RMSprop", {"weight_decay": 0.07}),
     "rmsprop default": ("RMSprop", {}),
     "lamb": ("Lamb", SOME | {"clipnorm": 0.1}),
     "lamb default": ("Lamb", {}),
     "sgd": ("SGD", {"momentum": 0.87, "weight_decay": 0.07}),
-    "sgd nesterov": ("SGD", {"momentum": 0.87, "nesterov": True, "weight_decay": 0.07, "global_clipnorm": 0.1}),
+    "sgd nesterov": (
+        "SGD",
+        {"momentum": 0.87, "nesterov": True, "weight_decay": 0.07, "global_clipnorm": 0.1},
+    ),
     "sgd default": ("SGD", {}),
 }
 
 
 @pytest.fixture(scope="module")
 def keras(tmp_path_factory):
-    """Keras on JAX, which says so in the environment, and leaves its settings in a home of its own."""
+    """Keras on JAX, which says so in the environment, and leaves its settings in a
+    home of its own.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "jax")
         patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
@@ -172,7 +192,7 @@ def keras_path(keras, name, options, gradients, theta, dtype):
     try:
         variables = [keras.Variable(part, dtype=dtype) for part in leaves(theta)]
         optimizer = getattr(keras.optimizers, name)(learning_rate=Rate(), **options)
-        optimizer.build(variables)
+        optimizer.constructor(variables)
 
         def step(carry, g):
             params, state = optimizer.stateless_apply(carry[1], g, carry[0])
@@ -191,7 +211,12 @@ def test_keras(name, keras, x64):
     gradients, theta = problem()
     with jax.numpy_dtype_promotion("standard"):
         expected = keras_path(keras, theirs, options, gradients, theta, "float64")
-    agree(ours(getattr(presets.keras, name.split()[0])(rate, **options), gradients, theta), expected, theta, EXACT)
+    agree(
+        ours(getattr(presets.keras, name.split()[0])(rate, **options), gradients, theta),
+        expected,
+        theta,
+        EXACT,
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in KERAS if "default" in name])
@@ -200,13 +225,21 @@ def test_keras_in_float32(name, keras):
     gradients, theta = problem()[0], np.zeros(SHAPE)
     with jax.numpy_dtype_promotion("standard"):
         expected = keras_path(keras, theirs, options, gradients, theta, "float32")
-    found = ours(getattr(presets.keras, name.split()[0])(rate, **options), gradients, theta, "float32")
+    found = ours(
+        getattr(presets.keras, name.split()[0])(rate, **options), gradients, theta, "float32"
+    )
     agree(found, expected, theta, FLOAT32)
 
 
 def test_optax(x64):
-    """The others are members of the family, which tests/test_trajectories.py compares with Optax."""
-    assert all(getattr(presets.optax, name) is getattr(aj, name) for name in presets.optax.__all__ if name != "sgd")
+    """The others are members of the family, which tests/test_trajectories.py compares
+    with Optax.
+    """
+    assert all(
+        getattr(presets.optax, name) is getattr(aj, name)
+        for name in presets.optax.__all__
+        if name != "sgd"
+    )
     gradients, theta = problem()
     options = ({}, {"momentum": 0.87}, {"momentum": 0.87, "nesterov": True})
     txs = {
@@ -226,11 +259,17 @@ def test_every_preset_has_an_oracle():
 
 
 def arguments(function, *without):
-    return [p for p in inspect.signature(function).parameters.values() if p.name not in (*without, "storage")]
+    return [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.name not in (*without, "storage")
+    ]
 
 
 def same_arguments(mine, theirs):
-    """Positions, names and defaults: what may be given by position there means the same here, or is refused."""
+    """Positions, names and defaults: what may be given by position there means the same here, or is
+    refused.
+    """
     positional = [p for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [p.name for p in positional] == [p.name for p in theirs[: len(positional)]]
     defaults = {p.name: p.default for p in theirs}
@@ -244,13 +283,17 @@ def same_arguments(mine, theirs):
 def test_arguments_of_torch(name):
     torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle: pip install torch")
     same_arguments(
-        arguments(getattr(presets.torch, name)), arguments(getattr(torch.optim, TORCH[name][0]).__init__, "self", "params")
+        arguments(getattr(presets.torch, name)),
+        arguments(getattr(torch.optim, TORCH[name][0]).__init__, "self", "params"),
     )
 
 
 @pytest.mark.parametrize("name", presets.keras.__all__)
 def test_arguments_of_keras(name, keras):
-    same_arguments(arguments(getattr(presets.keras, name)), arguments(getattr(keras.optimizers, KERAS[name][0]).__init__, "self"))
+    same_arguments(
+        arguments(getattr(presets.keras, name)),
+        arguments(getattr(keras.optimizers, KERAS[name][0]).__init__, "self"),
+    )
 
 
 @pytest.mark.parametrize("name", presets.optax.__all__)
@@ -258,7 +301,10 @@ def test_arguments_of_optax(name):
     theirs = getattr(optax, name, None) or getattr(optax.contrib, name)
     mine = arguments(getattr(presets.optax, name))
     names = inspect.signature(theirs).parameters
-    same_arguments([p for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD and p.name in names], arguments(theirs))
+    same_arguments(
+        [p for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD and p.name in names],
+        arguments(theirs),
+    )
 
 
 def test_what_is_not_supported_is_refused():
@@ -271,11 +317,17 @@ def test_what_is_not_supported_is_refused():
     ):
         with pytest.raises(TypeError, match=r"argument"):
             call()
-    with pytest.raises(ValueError, match=r"betas: found 0.9; expected a pair, as in betas=\(0.9, 0.999\)"):
+    with pytest.raises(
+        ValueError, match=r"betas: found 0.9; expected a pair, as in betas=\(0.9, 0.999\)"
+    ):
         presets.torch.adam(1e-3, 0.9)
-    with pytest.raises(ValueError, match=r"sgd: found nesterov=True with momentum=0.0; expected a momentum above 0"):
+    with pytest.raises(
+        ValueError, match=r"sgd: found nesterov=True with momentum=0.0; expected a momentum above 0"
+    ):
         presets.torch.sgd(nesterov=True)
-    with pytest.raises(ValueError, match="found clipnorm and clipvalue; expected one of them at most"):
+    with pytest.raises(
+        ValueError, match="found clipnorm and clipvalue; expected one of them at most"
+    ):
         presets.keras.adam(clipnorm=1.0, clipvalue=1.0)
     with pytest.raises(ValueError, match="clipnorm: found -1"):
         presets.keras.adam(clipnorm=-1.0)
@@ -309,9 +361,12 @@ def test_is_a_value(which, name):
 
 
 def test_prints_as_the_call():
-    assert repr(presets.torch.adamw()) == "presets.torch.adamw(lr=0.001, eps=1e-08, weight_decay=0.01)"
+    assert (
+        repr(presets.torch.adamw()) == "presets.torch.adamw(lr=0.001, eps=1e-08, weight_decay=0.01)"
+    )
     assert repr(presets.keras.adam(clipnorm=1.0)) == (
-        "presets.keras.adam(learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-07, clipnorm=1.0)"
+        "presets.keras.adam(learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-07, "
+        "clipnorm=1.0)"
     )
     assert presets.keras.rmsprop(rate, momentum=0.9, weight_decay=0.1) == presets.keras.rmsprop(
         rate, momentum=0.9, weight_decay=0.1
@@ -321,7 +376,11 @@ def test_prints_as_the_call():
 def few_steps(which, name, learning_rate):
     """The last updates and the state after 3 steps."""
     params = {"w": jnp.asarray(problem()[1], jnp.float32), "none": None, "count": jnp.arange(3)}
-    grads = {"w": jnp.asarray(problem()[0][7], jnp.float32), "none": None, "count": np.zeros(3, jax.dtypes.float0)}
+    grads = {
+        "w": jnp.asarray(problem()[0][7], jnp.float32),
+        "none": None,
+        "count": np.zeros(3, jax.dtypes.float0),
+    }
     tx = build(which, name, learning_rate)
     state = tx.init(params)
     for _ in range(3):
@@ -332,13 +391,18 @@ def few_steps(which, name, learning_rate):
 @functools.cache
 def traced_steps():
     """Every preset with a traced learning rate, in one program."""
-    return jax.jit(lambda rate: {preset: few_steps(*preset, rate) for preset in PRESETS})(jnp.float32(0.03))
+    return jax.jit(lambda rate: {preset: few_steps(*preset, rate) for preset in PRESETS})(
+        jnp.float32(0.03)
+    )
 
 
 @pytest.mark.parametrize(("which", "name"), PRESETS)
 def test_a_number_a_schedule_and_a_traced_scalar_are_one(which, name):
     number = few_steps(which, name, 0.03)
-    traced, scheduled = traced_steps()[which, name], few_steps(which, name, lambda count: jnp.float32(0.03))
+    traced, scheduled = (
+        traced_steps()[which, name],
+        few_steps(which, name, lambda count: jnp.float32(0.03)),
+    )
     assert jax.tree.structure(number) == jax.tree.structure(traced)
     np.testing.assert_allclose(number[0], traced[0], rtol=1e-6)
     np.testing.assert_allclose(number[0], scheduled[0], rtol=1e-6)
@@ -347,17 +411,30 @@ def test_a_number_a_schedule_and_a_traced_scalar_are_one(which, name):
 ARGUMENTS = {
     "torch.nadam": (presets.torch.nadam, {"betas": (0.87, 0.983), "momentum_decay": 0.02}),
     "torch.radam": (presets.torch.radam, {"betas": (0.87, 0.983), "eps": 1e-5}),
-    "keras.adam": (presets.keras.adam, {"beta_1": 0.87, "beta_2": 0.983, "epsilon": 1e-5, "global_clipnorm": 0.1}),
-    "keras.nadam": (presets.keras.nadam, {"beta_1": 0.87, "beta_2": 0.983, "weight_decay": 0.07, "clipvalue": 0.1}),
-    "keras.rmsprop": (presets.keras.rmsprop, {"rho": 0.9, "momentum": 0.6, "weight_decay": 0.07, "clipnorm": 0.1}),
+    "keras.adam": (
+        presets.keras.adam,
+        {"beta_1": 0.87, "beta_2": 0.983, "epsilon": 1e-5, "global_clipnorm": 0.1},
+    ),
+    "keras.nadam": (
+        presets.keras.nadam,
+        {"beta_1": 0.87, "beta_2": 0.983, "weight_decay": 0.07, "clipvalue": 0.1},
+    ),
+    "keras.rmsprop": (
+        presets.keras.rmsprop,
+        {"rho": 0.9, "momentum": 0.6, "weight_decay": 0.07, "clipnorm": 0.1},
+    ),
 }
 
 
 @functools.cache
 def number_and_schedule_paths():
-    numbers = {f"{name} number": preset(0.03, **options) for name, (preset, options) in ARGUMENTS.items()}
+    numbers = {
+        f"{name} number": preset(0.03, **options) for name, (preset, options) in ARGUMENTS.items()
+    }
     scheduled = {
-        f"{name} schedule": preset(0.03, **jax.tree.map(lambda value: lambda count: jnp.asarray(value), options))
+        f"{name} schedule": preset(
+            0.03, **jax.tree.map(lambda value: lambda count: jnp.asarray(value), options)
+        )
         for name, (preset, options) in ARGUMENTS.items()
     }
     return all_of_ours(numbers | scheduled, *problem())
@@ -373,7 +450,9 @@ def traced_first_steps():
         return tx.update(leaves(jnp.asarray(gradients[0])), tx.init(parts), parts)[0]
 
     options = {name: jax.tree.map(jnp.float32, its) for name, (_, its) in ARGUMENTS.items()}
-    return jax.jit(lambda options: {name: first(ARGUMENTS[name][0], its) for name, its in options.items()})(options)
+    return jax.jit(
+        lambda options: {name: first(ARGUMENTS[name][0], its) for name, its in options.items()}
+    )(options)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -386,26 +465,42 @@ def test_other_arguments_may_be_schedules_or_traced(name, x64):
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"), [("clipnorm", ([0.6, 0.8], [1.0])), ("global_clipnorm", ([0.3, 0.4], [0.75**0.5]))]
+    ("option", "expected"),
+    [("clipnorm", ([0.6, 0.8], [1.0])), ("global_clipnorm", ([0.3, 0.4], [0.75**0.5]))],
 )
 def test_clipping_by_hand(option, expected):
-    """Of leaves as long as 5 and 5√3, in half precision, beside leaves that take no part; and a gradient of 0 stays 0."""
-    params = {"a": jnp.zeros(2, jnp.bfloat16), "b": jnp.zeros(1), "none": None, "count": jnp.arange(3)}
+    """Of leaves as long as 5 and 5√3, in half precision, beside leaves that take no part; and a
+    gradient of 0 stays 0.
+    """
+    params = {
+        "a": jnp.zeros(2, jnp.bfloat16),
+        "b": jnp.zeros(1),
+        "none": None,
+        "count": jnp.arange(3),
+    }
     grads = {"a": jnp.asarray([3, 4], jnp.bfloat16), "b": jnp.full(1, 75**0.5), "none": None}
     grads["count"] = np.zeros(3, jax.dtypes.float0)
     tx = presets.keras.sgd(1.0, **{option: 1.0})
     updates, state = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["a"].astype(jnp.float32), -np.asarray(expected[0]), rtol=2**-8)
+    np.testing.assert_allclose(
+        updates["a"].astype(jnp.float32), -np.asarray(expected[0]), rtol=2**-8
+    )
     np.testing.assert_allclose(updates["b"], -np.asarray(expected[1]), rtol=1e-6)
     assert updates["none"] is None
     updates, _ = tx.update(grads | {"a": grads["a"] * 0, "b": grads["b"] * 0}, state, params)
-    np.testing.assert_array_equal(np.concatenate([updates["a"].astype(jnp.float32), updates["b"]]), np.zeros(3))
+    np.testing.assert_array_equal(
+        np.concatenate([updates["a"].astype(jnp.float32), updates["b"]]), np.zeros(3)
+    )
 
 
 @pytest.mark.parametrize(("which", "name"), PRESETS)
 def test_storage_reaches_every_moment(which, name):
     params = jnp.zeros((64, 128))
-    options = {"amsgrad": True} if "amsgrad" in inspect.signature(getattr(getattr(presets, which), name)).parameters else {}
+    options = (
+        {"amsgrad": True}
+        if "amsgrad" in inspect.signature(getattr(getattr(presets, which), name)).parameters
+        else {}
+    )
     state = build(which, name, storage="bfloat16", **options).init(params)
     resting = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == params.shape]
     assert resting
@@ -413,7 +508,9 @@ def test_storage_reaches_every_moment(which, name):
 
 
 def test_correct_last_by_hand():
-    """A first gradient of 1e-7: g/(g + ε) where ε is beside the corrected root, √0.001·g/(√0.001·g + ε) where it is not."""
+    """A first gradient of 1e-7: g/(g + ε) where ε is beside the corrected root, √0.001·g/(√0.001·g
+    + ε) where it is not.
+    """
     for tx, expected in (
         (presets.torch.adam(1.0), 1 / 1.1),
         (presets.torch.adam(1.0, eps=1e-7), 1 / 2),

@@ -18,7 +18,11 @@ def functions(file):
     """The tests that a file defines."""
     path = TESTS / file
     nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else []
-    return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    return {
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
 def test_every_promise_has_its_tests():

@@ -1,4 +1,6 @@
-"""What the paper proves of Adam (§2.1), for hyperparameters that hypothesis chooses, and in which sense it is two in one."""
+"""What the paper proves of Adam (§2.1), for hyperparameters that hypothesis chooses, and in which
+sense it is two in one.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ STEPS, SIZE = 12, 6
 
 @jax.jit
 def trajectory(grads, b1, b2, eps):
-    """The updates at learning rate 1 and every step; hyperparameters are traced, so one compilation serves every example."""
+    """The updates at learning rate 1 and every step; hyperparameters are traced, so one compilation
+    serves every example.
+    """
     tx = aj.adam(1.0, b1, b2, eps)
 
     def step(state, g):
@@ -30,20 +34,25 @@ def trajectory(grads, b1, b2, eps):
 
 
 def normal(seed, scale=1.0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((STEPS, SIZE)) * scale, jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(seed).standard_normal((STEPS, SIZE)) * scale, jnp.float32
+    )
 
 
 @given(seeds, betas, betas, st.integers(-12, 12))
 def test_invariant_to_the_scale_of_gradients(seed, b1, b2, power):
     grads = normal(seed)
     found = trajectory(grads * 2.0**power, b1, b2, 0.0)
-    # Scaling by a power of two is exact, so only the smallest denominator (2⁻⁶³) can tell the two apart.
+    # Scaling by a power of two is exact, so only the smallest denominator (2⁻⁶³) can tell the two
+    # apart.
     np.testing.assert_allclose(found, trajectory(grads, b1, b2, 0.0), rtol=1e-6)
 
 
 @given(seeds, betas, betas)
 def test_the_papers_bound_on_a_step(seed, b1, b2):
-    """|Δ| ≤ α·max((1 − β₁)/√(1 − β₂), 1) in the paper's two cases: gradients of one size, and none before the present one."""
+    """|Δ| ≤ α·max((1 − β₁)/√(1 − β₂), 1) in the paper's two cases: gradients of one size, and none
+    before the present one.
+    """
     bound = max((1 - b1) / np.sqrt(1 - b2), 1) * (1 + 1e-5)
     signs = jnp.sign(normal(seed))
     assert (np.abs(trajectory(signs * 0.01, b1, b2, 0.0)) <= bound).all()
@@ -54,7 +63,9 @@ def test_the_papers_bound_on_a_step(seed, b1, b2):
 
 @given(seeds, betas, betas, st.floats(0, 6))
 def test_a_bound_that_always_holds(seed, b1, b2, spread):
-    """|Δ| ≤ α·√Σ(wᵢ²/vᵢ), with wᵢ and vᵢ the weights of the gradients in μ̂ and their squares in ν̂: Cauchy and Schwarz."""
+    """|Δ| ≤ α·√Σ(wᵢ²/vᵢ), with wᵢ and vᵢ the weights of the gradients in μ̂ and their squares in
+    ν̂: Cauchy and Schwarz.
+    """
     sizes = 10 ** np.random.default_rng(seed).uniform(-spread, spread, (STEPS, SIZE))
     found = np.abs(trajectory(normal(seed) * jnp.asarray(sizes, jnp.float32), b1, b2, 0.0))
     for t in range(1, STEPS + 1):
@@ -64,7 +75,9 @@ def test_a_bound_that_always_holds(seed, b1, b2, spread):
 
 
 def test_the_papers_bound_is_not_a_theorem():
-    """Gradients that shrink as (β₁/β₂)ᵗ backwards in time make the step 7.3 times α, where the paper's bound says 3.2."""
+    """Gradients that shrink as (β₁/β₂)ᵗ backwards in time make the step 7.3 times α, where the
+    paper's bound says 3.2.
+    """
     b1, b2, steps = 0.9, 0.999, 200
     grads = jnp.asarray(((b1 / b2) ** np.arange(steps)[::-1])[:, None], jnp.float32)
     tx = aj.adam(1.0, b1, b2, 0.0)
@@ -89,7 +102,9 @@ def test_how_the_tree_is_split_does_not_matter(seed, b1, b2, at):
     state = tx.init(parts)
     for g, whole in zip(grads[:3], trajectory(grads, b1, b2, 0.0), strict=False):
         updates, state = tx.update({"a": g[:at], "b": [g[at:]]}, state)
-        np.testing.assert_allclose(np.concatenate([updates["a"], updates["b"][0]]), whole, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            np.concatenate([updates["a"], updates["b"][0]]), whole, rtol=1e-4, atol=1e-6
+        )
 
 
 @jax.jit
@@ -101,7 +116,9 @@ def corrected_rmsprop(grads, b2):
 @given(seeds, betas)
 def test_without_b1_adam_is_rmsprop_corrected(seed, b2):
     grads = normal(seed)
-    np.testing.assert_allclose(trajectory(grads, 0.0, b2, 1e-6), corrected_rmsprop(grads, b2), rtol=1e-4)
+    np.testing.assert_allclose(
+        trajectory(grads, 0.0, b2, 1e-6), corrected_rmsprop(grads, b2), rtol=1e-4
+    )
 
 
 @given(seeds, st.floats(0.1, 0.95))
@@ -118,11 +135,12 @@ def test_a_large_epsilon_makes_adam_momentum(seed, b1):
 
 @pytest.mark.parametrize("b1", [0.5, 0.9])
 def test_b2_towards_one_makes_adam_momentum_with_one_rate_each(x64, b1):
-    """β₂ → 1: ν̂ becomes the plain mean of all squares, and where gradients are stationary it stands still.
+    """β₂ → 1: ν̂ becomes the plain mean of all squares, and where gradients are stationary it
+    stands still.
 
-    Then Adam is momentum with a constant rate 1/√E[g²] for every parameter: the same direction as momentum's once each
-    parameter is measured in units of its gradients, and the same direction outright where those units are equal.
-    """
+    Then Adam is momentum with a constant rate 1/√E[g²] for every parameter: the same direction as
+    momentum's once each parameter is measured in units of its gradients, and the same direction
+    outright where those units are equal."""
     steps, size = 4000, 64
     rng = np.random.default_rng(0)
     units = 10.0 ** rng.uniform(-3, 3, size)
@@ -135,7 +153,9 @@ def test_b2_towards_one_makes_adam_momentum_with_one_rate_each(x64, b1):
         adam = np.asarray(final(aj.adam(1.0, b1, 1 - 1e-13, 0.0), grads))
         momentum = np.asarray(final(aj.momentum(1.0, b1, dampened=True), grads))
         mean_square = np.cumsum(np.square(grads), axis=0) / np.arange(1, steps + 1)[:, None]
-        np.testing.assert_allclose(adam * np.sqrt(mean_square) / scale, momentum / scale, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(
+            adam * np.sqrt(mean_square) / scale, momentum / scale, rtol=1e-8, atol=1e-12
+        )
 
         def cosine(a, b):
             return np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)

@@ -1,7 +1,7 @@
 """Random bits: no two streams ever meet, so that rounding moves no parameter on average.
 
-The oracles are statistics of noise: a mean that must be zero, correlations that must vanish, and the same run in float32.
-"""
+The oracles are statistics of noise: a mean that must be zero, correlations that must vanish, and
+the same run in float32."""
 
 import functools
 import hashlib
@@ -15,7 +15,8 @@ import pytest
 
 import adam_jax as aj
 from adam_jax import rounding, storage
-from adam_jax._noise import position, random_bits, rotate, stream_keys
+from adam_jax.storage import slot
+from adam_jax.storage.random_bits import position, random_bits, rotate, stream_keys
 
 OPTIMIZED = True  # it computes for longer than it compiles
 
@@ -45,7 +46,11 @@ def words(stream, path, seed, count, row, column):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(("track_moments 0", "w", 0, 1), (2, 3)), (("", "", 2**32 - 1, 2**31 - 1), (5,)), (("x 1", "a/b", 7, 9), (2, 3, 2))],
+    [
+        (("track_moments 0", "w", 0, 1), (2, 3)),
+        (("", "", 2**32 - 1, 2**31 - 1), (5,)),
+        (("x 1", "a/b", 7, 9), (2, 3, 2)),
+    ],
     ids=["small", "extreme", "three axes"],
 )
 def test_the_random_bits_are_those_of_every_version(name, shape):
@@ -55,13 +60,17 @@ def test_the_random_bits_are_those_of_every_version(name, shape):
     found = draws(*name, shape)
     assert found.dtype == np.uint32
     np.testing.assert_array_equal(found.ravel(), expected)
-    traced = jax.jit(lambda seed, count: random_bits(stream_keys(stream, ["?", path], seed, count)[1], shape))
+    traced = jax.jit(
+        lambda seed, count: random_bits(stream_keys(stream, ["?", path], seed, count)[1], shape)
+    )
     np.testing.assert_array_equal(traced(jnp.uint32(seed), jnp.int32(count)), found)
 
 
 def test_the_hash_is_written_down():
     """Against a slip in both this file and the other."""
-    np.testing.assert_array_equal(draws(shape=(2, 2)).ravel(), [0x0C727AE3, 0x94830FA7, 0xFC141AC4, 0x43B22408])
+    np.testing.assert_array_equal(
+        draws(shape=(2, 2)).ravel(), [0x0C727AE3, 0x94830FA7, 0xFC141AC4, 0x43B22408]
+    )
 
 
 @pytest.mark.parametrize("shape", [(512, 513), (262_144,), (8, 64, 513), (262_144, 1)], ids=str)
@@ -78,7 +87,9 @@ def test_all_bits_are_even(shape):
 
 
 def independent(left, right):
-    """No correlation of the numbers, nor of any bit of one with the same of the other; top bytes fill a square evenly."""
+    """No correlation of the numbers, nor of any bit of one with the same of the other; top bytes
+    fill a square evenly.
+    """
     left, right = left.ravel(), right.ravel()
     limit = 5 / np.sqrt(left.size)
     assert abs(np.corrcoef(left.astype(float), right.astype(float))[0, 1]) < limit
@@ -90,7 +101,18 @@ def independent(left, right):
 
 
 @pytest.mark.parametrize(
-    "what", ["rows", "columns", "diagonals", "counts", "far counts", "leaves", "seeds", "streams", "ends of a word"]
+    "what",
+    [
+        "rows",
+        "columns",
+        "diagonals",
+        "counts",
+        "far counts",
+        "leaves",
+        "seeds",
+        "streams",
+        "ends of a word",
+    ],
 )
 def test_neighbours_have_nothing_in_common(what):
     bits = draws()
@@ -109,16 +131,35 @@ def test_neighbours_have_nothing_in_common(what):
 
 
 def test_no_stream_is_another_one_a_few_steps_later():
-    """Sums of step, salt and row would be: the row of a leaf at one step is not that of any leaf at any other step."""
+    """Sums of step, salt and row would be: the row of a leaf at one step is not that of any leaf at
+    any other step.
+    """
     rows = {}
     for name in ("a", "b", "c"):
         for seed in range(3):
             for count in range(1, 8):
                 for i, row in enumerate(draws(path=name, seed=seed, count=count, shape=(40, 4))):
-                    assert rows.setdefault(row.tobytes(), (name, seed, count, i)) == (name, seed, count, i)
+                    assert rows.setdefault(row.tobytes(), (name, seed, count, i)) == (
+                        name,
+                        seed,
+                        count,
+                        i,
+                    )
 
 
-SHAPES = [(), (7,), (16,), (17,), (33,), (3, 5), (4, 4, 3), (5, 4, 3), (2, 17, 3), (19, 2, 40), (0, 3)]
+SHAPES = [
+    (),
+    (7,),
+    (16,),
+    (17,),
+    (33,),
+    (3, 5),
+    (4, 4, 3),
+    (5, 4, 3),
+    (2, 17, 3),
+    (19, 2, 40),
+    (0, 3),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +170,9 @@ def test_every_position_has_words_of_its_own(shape):
     assert len(set(zip(*found, strict=True))) == int(np.prod(shape))
 
 
-@pytest.mark.parametrize(("shape", "count"), [((2**33,), 2), ((2**20, 2**20, 8), 3), ((2**16, 2**16, 2**33), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "count"), [((2**33,), 2), ((2**20, 2**20, 8), 3), ((2**16, 2**16, 2**33), 3)], ids=str
+)
 def test_a_leaf_of_more_elements_than_a_word_counts(shape, count):
     made = jax.eval_shape(lambda: position(shape))
     assert [(word.shape, word.dtype) for word in made] == [(shape, jnp.uint32)] * count
@@ -141,14 +184,20 @@ def normals(*shape, seed=0):
 
 def applied(params, updates):
     """What Optax's function of that name makes where dtypes may mix."""
-    return jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype), params, updates)
+    return jax.tree.map(
+        lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype),
+        params,
+        updates,
+    )
 
 
 # Streams of real steps
 
 
 def stage_of_everything(seed):
-    """An average ahead of groups, which together have every stage that rounds moments, and round their parameters."""
+    """An average ahead of groups, which together have every stage that rounds moments, and round
+    their parameters.
+    """
     form = storage.Codes(seed=seed, smallest=0)
 
     def rounded(tx):
@@ -177,7 +226,7 @@ def recorded(make, params, seeds, steps, monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(storage, "rotate", record(storage.rotate))
+    monkeypatch.setattr(slot, "rotate", record(slot.rotate))
     monkeypatch.setattr(rounding, "random_bits", record(rounding.random_bits))
 
     def run(seed):
@@ -194,12 +243,17 @@ def recorded(make, params, seeds, steps, monkeypatch):
 
 
 def test_no_two_streams_are_correlated_at_any_lag(monkeypatch):
-    """Of every stage, slot, leaf, group and member of a `vmap` with every other, and with itself, 0 to 3 steps later."""
-    leaves = {f"{group}/{i}": jnp.ones((64, 64), jnp.bfloat16) for group in "abcde" for i in range(2)}
+    """Of every stage, slot, leaf, group and member of a `vmap` with every other, and with itself, 0
+    to 3 steps later.
+    """
+    leaves = {
+        f"{group}/{i}": jnp.ones((64, 64), jnp.bfloat16) for group in "abcde" for i in range(2)
+    }
     params = {group: {i: leaves[f"{group}/{i}"] for i in "01"} for group in "abcde"}
     found = recorded(stage_of_everything, params, jnp.arange(2), 12, monkeypatch)
     members, steps, streams, elements = found.shape
-    # μ and ν in front; of two leaves a group μ and ν, a maximum, a slow mean, twice one in ADOPT; those that round parameters.
+    # μ and ν in front; of two leaves a group μ and ν, a maximum, a slow mean, twice one in ADOPT;
+    # those that round parameters.
     assert streams == 2 * 10 + 2 * (3 + 3 + 2 + 2 + 2) + 10
     x = (found.astype(np.float64) - 2.0**31) / (2.0**32 / np.sqrt(12))
     x = x.transpose(1, 0, 2, 3).reshape(steps, members * streams, elements)
@@ -216,7 +270,9 @@ def test_no_two_streams_are_correlated_at_any_lag(monkeypatch):
 
 
 def test_equal_names_have_equal_bits_wherever_they_stand():
-    """A stage rounds by the same bits in a chain, in a group, and in a chain or partition of Optax."""
+    """A stage rounds by the same bits in a chain, in a group, and in a chain or
+    partition of Optax.
+    """
     params = {name: jnp.full((64, 64), 1.25, jnp.bfloat16) for name in "ab"}
     grads = {name: normals(64, 64, seed=i) for i, name in enumerate("ab")}
 
@@ -225,7 +281,7 @@ def test_equal_names_have_equal_bits_wherever_they_stand():
 
     forms = {
         "chain": inner(),
-        "behind others": aj.chain(optax.identity(), aj.clip_elements(1e9), inner()),
+        "behind others": aj.chain(optax.identity(), aj.stages.clip_elements(1e9), inner()),
         "groups": aj.by_path({"a": inner()}, default=inner()),
         "optax.partition": optax.partition({0: inner(), 1: inner()}, {"a": 0, "b": 1}),
         "optax.chain": optax.chain(aj.adam(1e-3, storage="8bit"), aj.round_stochastically()),
@@ -243,7 +299,8 @@ def test_equal_names_have_equal_bits_wherever_they_stand():
     found = jax.jit(lambda: {name: run(tx) for name, tx in forms.items()})()
     for other in found.values():
         for name in "ab":
-            # Other bits agree in six of ten elements. Programs may differ in a last digit, and then a code or two.
+            # Other bits agree in six of ten elements. Programs may differ in a last digit, and then
+            # a code or two.
             assert np.mean(np.asarray(other[name] == found["chain"][name])) > 0.99
 
 
@@ -251,12 +308,15 @@ def test_equal_names_have_equal_bits_wherever_they_stand():
 
 
 def outward(groups, sizes, columns, steps, rate, dtype=jnp.bfloat16):
-    """By group and size, how far parameters move outward per step under gradients of pure noise: mean and standard error.
+    """By group and size, how far parameters move outward per step under gradients of pure noise:
+    mean and standard error.
 
-    In learning rates. Half of the parameters are positive and half negative, under the same gradients, so that what a
-    gradient does to one it undoes in the other; what is left is what rounding does.
-    """
-    start = jnp.asarray([[size, -size] for size in sizes], dtype)[..., None] * jnp.ones((1, 1, columns), dtype)
+    In learning rates. Half of the parameters are positive and half negative, under the same
+    gradients, so that what a gradient does to one it undoes in the other; what is left is what
+    rounding does."""
+    start = jnp.asarray([[size, -size] for size in sizes], dtype)[..., None] * jnp.ones(
+        (1, 1, columns), dtype
+    )
     params = dict.fromkeys(groups, start)
     tx = aj.by_path(groups, default="frozen")
 
@@ -272,19 +332,32 @@ def outward(groups, sizes, columns, steps, rate, dtype=jnp.bfloat16):
 
     moved = {}
     for name, after in run(jax.random.key(0, impl="rbg")).items():
-        way = (np.asarray(after, np.float64) - np.asarray(start, np.float64)) * np.array([[1], [-1]]) / (rate * steps)
+        way = (
+            (np.asarray(after, np.float64) - np.asarray(start, np.float64))
+            * np.array([[1], [-1]])
+            / (rate * steps)
+        )
         pair = way.mean(1)
         moved[name] = np.stack([pair.mean(-1), pair.std(-1) / np.sqrt(columns)])
     return moved
 
 
 def test_noise_drives_no_parameter_outward():
-    """In version 0.1.0 it did by 0.006 learning rates per step: moments and parameters were rounded by the same bits."""
+    """In version 0.1.0 it did by 0.006 learning rates per step: moments and parameters were rounded
+    by the same bits.
+    """
     links = {"rounded": aj.round_stochastically, "compensated": aj.compensate}
     members = {name: getattr(aj, name) for name in MEMBERS}
-    decaying = [name for name, make in members.items() if "weight_decay" in inspect.signature(make).parameters]
+    decaying = [
+        name
+        for name, make in members.items()
+        if "weight_decay" in inspect.signature(make).parameters
+    ]
     groups = {
-        f"{name}-{how}": aj.chain(make(1e-2, storage="8bit", **({"weight_decay": 0.0} if name in decaying else {})), link())
+        f"{name}-{how}": aj.chain(
+            make(1e-2, storage="8bit", **({"weight_decay": 0.0} if name in decaying else {})),
+            link(),
+        )
         for name, make in members.items()
         for how, link in links.items()
     }
@@ -299,7 +372,9 @@ def test_weights_decay_under_noise_as_in_float32():
         how: aj.chain(aj.adamw(1e-3, weight_decay=0.1, storage="8bit"), link())
         for how, link in {"rounded": aj.round_stochastically, "compensated": aj.compensate}.items()
     }
-    exact = outward({"float32": aj.adamw(1e-3, weight_decay=0.1)}, sizes, 1 << 14, 250, 1e-3, jnp.float32)["float32"]
+    exact = outward(
+        {"float32": aj.adamw(1e-3, weight_decay=0.1)}, sizes, 1 << 14, 250, 1e-3, jnp.float32
+    )["float32"]
     np.testing.assert_allclose(exact[0], [-0.006, -0.002], rtol=0.1)
     for name, (drift, error) in outward(four_bytes, sizes, 1 << 14, 250, 1e-3).items():
         difference = np.abs(drift - exact[0])
@@ -311,7 +386,9 @@ def test_each_member_of_a_vmap_can_have_bits_of_its_own():
     params = jnp.full((64, 64), 1.25, jnp.bfloat16)
 
     def step(seed):
-        tx = aj.chain(aj.adam(1e-3, storage=storage.Codes(seed=seed)), aj.round_stochastically(seed))
+        tx = aj.chain(
+            aj.adam(1e-3, storage=storage.Codes(seed=seed)), aj.round_stochastically(seed)
+        )
         updates, state = tx.update(jnp.full((64, 64), 0.3), tx.init(params), params)
         return applied(params, updates), state[0][0].mu, state[0][0].nu
 
@@ -319,28 +396,40 @@ def test_each_member_of_a_vmap_can_have_bits_of_its_own():
     for found in together:
         for one, other in ((0, 1), (0, 2), (1, 2)):
             assert 0.1 < np.mean(np.asarray(found[one] == found[other])) < 0.9
-    for alone, found in zip(jax.jit(lambda: step(2))(), together, strict=True):  # a number is the seed that it is traced
+    for alone, found in zip(
+        jax.jit(lambda: step(2))(), together, strict=True
+    ):  # a number is the seed that it is traced
         assert np.mean(np.asarray(alone == found[2])) > 0.999
 
 
-@pytest.mark.parametrize("make", [aj.round_stochastically, storage.Codes, storage.Float], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [aj.round_stochastically, storage.Codes, storage.Float], ids=lambda make: make.__name__
+)
 def test_what_is_no_seed(make):
-    name = {"round_stochastically": "round_stochastically"}.get(make.__name__, f"storage.{make.__name__}")
+    name = {"round_stochastically": "round_stochastically"}.get(
+        make.__name__, f"storage.{make.__name__}"
+    )
     for value in (True, 1.0, "1", None, np.float32(2)):
         with pytest.raises(TypeError, match=f"{name}: seed: found .*; expected an integer"):
             make(seed=value)
     for value in (jnp.ones(2, int), jnp.float32(1)):
-        with pytest.raises(TypeError, match=rf"{name}: seed: found an array of .* and shape \(.*; expected an integer scalar"):
+        with pytest.raises(
+            TypeError,
+            match=rf"{name}: seed: found an array of .* and shape \(.*; expected an integer scalar",
+        ):
             make(seed=value)
     for key in (jax.random.key(0), jax.random.PRNGKey(0)):
         for how in (make, lambda seed: jax.eval_shape(lambda seed: make(seed=seed) and seed, seed)):
             with pytest.raises(
-                TypeError, match=rf"{name}: seed: found an array of .*; expected an integer scalar. Pass an integer"
+                TypeError,
+                match=rf"{name}: seed: found an array of .*; expected an integer scalar. Pass an",
             ):
                 how(seed=key)
     with pytest.raises(ValueError, match=f"{name}: seed: found -1; expected 0 or more"):
         make(seed=-1)
-    with pytest.raises(ValueError, match=f"{name}: seed: found 4294967296; expected less than 2\\^32"):
+    with pytest.raises(
+        ValueError, match=f"{name}: seed: found 4294967296; expected less than 2\\^32"
+    ):
         make(seed=2**32)
     for seed in (np.int64(7), jnp.int32(7)):
         assert make(seed=seed) == make(seed=7)

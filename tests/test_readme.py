@@ -11,13 +11,20 @@ import adam_jax
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
-    (page.name, i, code) for page in PAGES for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    (page.name, i, code)
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
 ]
 
 
-@pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS])
+@pytest.mark.parametrize(
+    ("page", "number", "code"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS]
+)
 def test_block_runs(page, number, code):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a user has them
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # as a user has them
         exec(compile(code, f"{page} block {number}", "exec"), {"__name__": "readme"})
 
 
@@ -31,8 +38,15 @@ def test_every_public_name_is_documented():
     described = re.findall(r"\.\. auto(?:function|class):: adam_jax\.(\S+)", api)
     assert {*adam_jax.__all__} - {*modules, *described} == {"apply_updates"}  # Optax's
     assert all(getattr(adam_jax, name).__doc__ for name in adam_jax.__all__)
+    names = {name.rpartition(".")[2] for name in described}
+    for module in (adam_jax.stages, adam_jax.diagnostics, adam_jax.migrate, adam_jax.storage):
+        assert {*module.__all__} <= names, module
     listed_on_top = re.findall(r"^   ~adam_jax\.(\S+)$", api, re.M)
     assert listed_on_top == described
+
+
+def test_the_top_level_stays_small():
+    assert len(adam_jax.__all__) <= 50
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/family.md", "docs/equations.md"])
@@ -42,7 +56,9 @@ def test_every_member_is_in_the_table(page):
 
 
 def test_docstrings_of_members():
-    """One line that says what it is, equations, a source with a year and a place in it, and what others do."""
+    """One line that says what it is, equations, a source with a year and a place in it, and what
+    others do.
+    """
     for name in adam_jax.family.__all__:
         doc = getattr(adam_jax, name).__doc__
         assert re.match(r"[A-Z].*\.\n", doc), name

@@ -1,7 +1,8 @@
-"""What cannot be right is refused: numbers and orders when a transformation is made, trees when an update is traced.
+"""What cannot be right is refused: numbers and orders when a transformation is made, trees when an
+update is traced.
 
-A message names the thing, shows what was found, and says what to do. A traced number cannot be looked at, and is not.
-"""
+A message names the thing, shows what was found, and says what to do. A traced number cannot be
+looked at, and is not."""
 
 import inspect
 
@@ -15,15 +16,13 @@ from helpers import refused
 import adam_jax
 from adam_jax import (
     add_decayed_weights,
-    average_parameters,
-    cautious,
     chain,
     correct_bias,
     scale_by_learning_rate,
     scale_by_moments,
-    scale_by_trust_ratio,
     track_moments,
 )
+from adam_jax.stages import average_parameters, cautious, scale_by_trust_ratio
 
 NAN, INF = float("nan"), float("inf")
 PARAMS = {"head": {"b": jnp.ones(3), "w": jnp.ones((2, 3))}}
@@ -31,7 +30,9 @@ PARAMS = {"head": {"b": jnp.ones(3), "w": jnp.ones((2, 3))}}
 
 def test_leaves_that_are_no_arrays_are_named():
     tx = adam_jax.adamw(1e-3)
-    with refused(TypeError, "adamw: init: at ['f']: found", "expected an array or its shape", "eqx.filter"):
+    with refused(
+        TypeError, "adamw: init: at ['f']: found", "expected an array or its shape", "eqx.filter"
+    ):
         tx.init({"f": jax.nn.relu, "w": jnp.ones(3)})
     observed = adam_jax.observe(tx)
     with refused(TypeError, "observe: update: at ['f']: found 'x'"):
@@ -58,7 +59,9 @@ def arguments(*names):
 # Numbers, when they are given
 
 
-@pytest.mark.parametrize("value", [1.0, 1.5, -0.1, NAN, INF, 1, np.float32(1), np.array(2.0)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [1.0, 1.5, -0.1, NAN, INF, 1, np.float32(1), np.array(2.0)], ids=repr
+)
 @pytest.mark.parametrize(("make", "name"), arguments("b1", "b2", "b3"))
 def test_a_beta_outside_0_to_1(make, name, value):
     with refused(ValueError, f"{name}: found {float(value)!r}", "[0, 1)"):
@@ -68,7 +71,9 @@ def test_a_beta_outside_0_to_1(make, name, value):
 @pytest.mark.parametrize("value", [-1e-8, NAN, -INF, INF], ids=repr)
 @pytest.mark.parametrize(("make", "name"), arguments("eps", "eps_root", "weight_decay"))
 def test_a_negative_or_nan_epsilon_or_decay(make, name, value):
-    stage_says = "eps" if name.startswith("eps") else name  # the stage's name for it may be another ε's
+    stage_says = (
+        "eps" if name.startswith("eps") else name
+    )  # the stage's name for it may be another ε's
     with refused(ValueError, stage_says, f"found {value!r}", "[0, inf)"):
         make(0.1, **{name: value})
 
@@ -79,15 +84,24 @@ def test_a_learning_rate_that_is_not_finite(member, value):
         member(value)
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], {"a": 0.1}, 0.1 + 1j, Ellipsis], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["0.1", None, True, [0.1], {"a": 0.1}, 0.1 + 1j, Ellipsis], ids=repr
+)
 def test_a_learning_rate_that_is_no_number(member, value):
     with refused(TypeError, "learning_rate: found", repr(value), "expected"):
         member(value)
 
 
-@pytest.mark.parametrize("value", [np.ones(3), jnp.ones((1,)), np.zeros((2, 2))], ids=["(3,)", "(1,)", "(2, 2)"])
+@pytest.mark.parametrize(
+    "value", [np.ones(3), jnp.ones((1,)), np.zeros((2, 2))], ids=["(3,)", "(1,)", "(2, 2)"]
+)
 def test_a_hyperparameter_with_dimensions(member, value):
-    with refused(ValueError, f"learning_rate: found an array of shape {value.shape}", "expected a scalar", "optax.partition"):
+    with refused(
+        ValueError,
+        f"learning_rate: found an array of shape {value.shape}",
+        "expected a scalar",
+        "optax.partition",
+    ):
         member(value)
 
 
@@ -142,24 +156,94 @@ def test_a_choice_that_does_not_exist(name, make):
 
 # Orders, when they are chained
 
-track, correct, scale, rate = track_moments(), correct_bias(), scale_by_moments(), scale_by_learning_rate(0.1)
+track, correct, scale, rate = (
+    track_moments(),
+    correct_bias(),
+    scale_by_moments(),
+    scale_by_learning_rate(0.1),
+)
 ORDERS = {
-    "no_moments": ([optax.clip(1.0), correct, scale], "correct_bias()", "position 1", "takes Moments", "track_moments"),
-    "scale_twice": ([track, scale, scale], "scale_by_moments", "position 2", "position 1", "takes Moments", "track_moments"),
-    "correct_after_scale": ([track, scale, correct], "correct_bias()", "position 2", "gives plain updates", "Put it between"),
-    "rate_on_moments": ([track, rate], "scale_by_learning_rate", "position 1", "takes plain updates", "Put scale_by_moments"),
-    "optax_on_moments": ([track, optax.clip(1.0), scale], "position 1", "takes plain updates", "Put scale_by_moments"),
-    "track_twice": ([track, track, scale], "track_moments", "position 1", "position 0", "gives Moments"),
-    "two_rates": ([track, scale, rate, rate], "scale_by_learning_rate", "position 3", "second one", "Put it before"),
-    "two_members": ([adam_jax.adam(0.1), adam_jax.adamw(0.1)], "adamw", "position 1", "second one", ".stages"),
-    "decay_after_member": ([adam_jax.adam(0.1), add_decayed_weights(0.1)], "add_decayed_weights", "position 1", "Put it before"),
-    "trust_after_member": ([adam_jax.adam(0.1), scale_by_trust_ratio()], "scale_by_trust_ratio()", "position 1", "Put it before"),
-    "average_before_rate": ([average_parameters(0.9), adam_jax.adam(0.1)], "average_parameters", "position 0", "Move it behind"),
+    "no_moments": (
+        [optax.clip(1.0), correct, scale],
+        "correct_bias()",
+        "position 1",
+        "takes Moments",
+        "track_moments",
+    ),
+    "scale_twice": (
+        [track, scale, scale],
+        "scale_by_moments",
+        "position 2",
+        "position 1",
+        "takes Moments",
+        "track_moments",
+    ),
+    "correct_after_scale": (
+        [track, scale, correct],
+        "correct_bias()",
+        "position 2",
+        "gives plain updates",
+        "Put it between",
+    ),
+    "rate_on_moments": (
+        [track, rate],
+        "scale_by_learning_rate",
+        "position 1",
+        "takes plain updates",
+        "Put scale_by_moments",
+    ),
+    "optax_on_moments": (
+        [track, optax.clip(1.0), scale],
+        "position 1",
+        "takes plain updates",
+        "Put scale_by_moments",
+    ),
+    "track_twice": (
+        [track, track, scale],
+        "track_moments",
+        "position 1",
+        "position 0",
+        "gives Moments",
+    ),
+    "two_rates": (
+        [track, scale, rate, rate],
+        "scale_by_learning_rate",
+        "position 3",
+        "second one",
+        "Put it before",
+    ),
+    "two_members": (
+        [adam_jax.adam(0.1), adam_jax.adamw(0.1)],
+        "adamw",
+        "position 1",
+        "second one",
+        ".stages",
+    ),
+    "decay_after_member": (
+        [adam_jax.adam(0.1), add_decayed_weights(0.1)],
+        "add_decayed_weights",
+        "position 1",
+        "Put it before",
+    ),
+    "trust_after_member": (
+        [adam_jax.adam(0.1), scale_by_trust_ratio()],
+        "scale_by_trust_ratio()",
+        "position 1",
+        "Put it before",
+    ),
+    "average_before_rate": (
+        [average_parameters(0.9), adam_jax.adam(0.1)],
+        "average_parameters",
+        "position 0",
+        "Move it behind",
+    ),
     "nothing": ([], "found no stages", "expected at least one"),
 }
 
 
-@pytest.mark.parametrize(("stages", "says"), [(stages, says) for stages, *says in ORDERS.values()], ids=ORDERS)
+@pytest.mark.parametrize(
+    ("stages", "says"), [(stages, says) for stages, *says in ORDERS.values()], ids=ORDERS
+)
 def test_an_order_that_cannot_work(stages, says):
     with refused(ValueError, "chain:", *says):
         chain(*stages)
@@ -167,11 +251,18 @@ def test_an_order_that_cannot_work(stages, says):
 
 @pytest.mark.parametrize(
     ("part", "says"),
-    [(adam_jax.adam, "did you mean to call it?"), (0.1, "found 0.1"), (None, "found None"), ((1, 2), "(1, 2)")],
+    [
+        (adam_jax.adam, "did you mean to call it?"),
+        (0.1, "found 0.1"),
+        (None, "found None"),
+        ((1, 2), "(1, 2)"),
+    ],
     ids=["uncalled", "number", "None", "pair"],
 )
 def test_a_part_that_is_no_transformation(part, says):
-    with refused(TypeError, "chain: found", "at position 1", says, "expected a gradient transformation"):
+    with refused(
+        TypeError, "chain: found", "at position 1", says, "expected a gradient transformation"
+    ):
         chain(optax.clip(1.0), part)
 
 
@@ -179,15 +270,54 @@ def test_a_part_that_is_no_transformation(part, says):
 
 FULL, ROW = jnp.ones((2, 3)), jnp.ones(3)
 WRONG = {
-    "shape_that_would_broadcast": ({"head": {"b": FULL, "w": FULL}}, "['head']['b']", "(2, 3)", "(3,)", "never broadcast"),
-    "shape_to_broadcast": ({"head": {"b": ROW, "w": ROW}}, "['head']['w']", "(3,)", "(2, 3)", "never broadcast"),
-    "one_for_three": ({"head": {"b": jnp.ones(1), "w": FULL}}, "['head']['b']", "(1,)", "(3,)", "never broadcast"),
+    "shape_that_would_broadcast": (
+        {"head": {"b": FULL, "w": FULL}},
+        "['head']['b']",
+        "(2, 3)",
+        "(3,)",
+        "never broadcast",
+    ),
+    "shape_to_broadcast": (
+        {"head": {"b": ROW, "w": ROW}},
+        "['head']['w']",
+        "(3,)",
+        "(2, 3)",
+        "never broadcast",
+    ),
+    "one_for_three": (
+        {"head": {"b": jnp.ones(1), "w": FULL}},
+        "['head']['b']",
+        "(1,)",
+        "(3,)",
+        "never broadcast",
+    ),
     "number": ({"head": {"b": 1.0, "w": FULL}}, "['head']['b']", "()", "(3,)", "never broadcast"),
-    "transposed": ({"head": {"b": ROW, "w": FULL.T}}, "['head']['w']", "(3, 2)", "(2, 3)", "call `init` again"),
+    "transposed": (
+        {"head": {"b": ROW, "w": FULL.T}},
+        "['head']['w']",
+        "(3, 2)",
+        "(2, 3)",
+        "call `init` again",
+    ),
     "missing": ({"head": {"w": FULL}}, "without a gradient", "['head']['b']", "call `init` again"),
-    "None": ({"head": {"b": None, "w": FULL}}, "without a gradient", "['head']['b']", "call `init` again"),
-    "extra": ({"head": {"b": ROW, "w": FULL, "x": ROW}}, "does not have", "['head']['x']", "call `init` again"),
-    "renamed": ({"tail": {"b": ROW, "w": FULL}}, "['tail']['b']", "['head']['b']", "call `init` again"),
+    "None": (
+        {"head": {"b": None, "w": FULL}},
+        "without a gradient",
+        "['head']['b']",
+        "call `init` again",
+    ),
+    "extra": (
+        {"head": {"b": ROW, "w": FULL, "x": ROW}},
+        "does not have",
+        "['head']['x']",
+        "call `init` again",
+    ),
+    "renamed": (
+        {"tail": {"b": ROW, "w": FULL}},
+        "['tail']['b']",
+        "['head']['b']",
+        "call `init` again",
+    ),
     "list": ({"head": [ROW, FULL]}, "['head'][0]", "['head']['b']", "call `init` again"),
     "bare": (ROW, "['head']['b']", "call `init` again"),
     "integers": ({"head": {"b": jnp.arange(3), "w": FULL}}, "['head']['b']", "int32", "floating"),
@@ -195,14 +325,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize(("grads", "says"), [(grads, says) for grads, *says in WRONG.values()], ids=WRONG)
+@pytest.mark.parametrize(
+    ("grads", "says"), [(grads, says) for grads, *says in WRONG.values()], ids=WRONG
+)
 def test_gradients_that_do_not_fit_the_state(member, grads, says, how):
     tx = member(0.1)
     with refused(ValueError, *says):
         how(tx.update)(grads, tx.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("name", ["shape_that_would_broadcast", "missing", "extra", "one_for_three"])
+@pytest.mark.parametrize(
+    "name", ["shape_that_would_broadcast", "missing", "extra", "one_for_three"]
+)
 def test_parameters_that_do_not_fit_the_gradients(member, name):
     tx, (wrong, *says) = member(0.1), WRONG[name]
     with refused(ValueError, "params", next(part for part in says if part.startswith("['"))):
@@ -211,7 +345,7 @@ def test_parameters_that_do_not_fit_the_gradients(member, name):
 
 @pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize(
-    ("tx", "who"),
+    ("tx", "caller"),
     [
         (adam_jax.adamw(0.1), "add_decayed_weights()"),
         (adam_jax.adamw(0.1, decay="l2"), "add_decayed_weights()"),
@@ -224,8 +358,8 @@ def test_parameters_that_do_not_fit_the_gradients(member, name):
     ],
     ids=repr,
 )
-def test_an_update_without_the_parameters_that_it_needs(tx, who, how):
-    with refused(ValueError, who, "call update(grads, state, params)"):
+def test_an_update_without_the_parameters_that_it_needs(tx, caller, how):
+    with refused(ValueError, caller, "call update(grads, state, params)"):
         how(tx.update)(PARAMS, tx.init(PARAMS))
 
 
@@ -235,9 +369,13 @@ def test_a_mask_that_does_not_fit():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("other", [optax.adam(0.1), adam_jax.momentum(0.1)], ids=["optax.adam", "momentum"])
+@pytest.mark.parametrize(
+    "other", [optax.adam(0.1), adam_jax.momentum(0.1)], ids=["optax.adam", "momentum"]
+)
 def test_the_state_of_another_transformation(other):
-    with refused(ValueError, "adam(", "got the state of another transformation", "where it keeps 4", "(state"):
+    with refused(
+        ValueError, "adam(", "got the state of another transformation", "where it keeps 4", "(state"
+    ):
         adam_jax.adam(0.1).update(PARAMS, other.init(PARAMS), PARAMS)
 
 
@@ -247,7 +385,10 @@ LISTED = {
     "one array": (adam_jax.adam(0.1), "[0].mu"),
     "a number": (adam_jax.adam(0.1), "[0].mu"),
     "skip_spikes": (adam_jax.skip_spikes(adam_jax.adam(0.1)), ".norms"),
-    "by_path": (adam_jax.by_path({"head/w": {"b1": 0.5}}, adam_jax.adam(0.1)), ".inner_states['head/w'][0].mu['head']['w']"),
+    "by_path": (
+        adam_jax.by_path({"head/w": {"b1": 0.5}}, adam_jax.adam(0.1)),
+        ".inner_states['head/w'][0].mu['head']['w']",
+    ),
     "average": (chain(adam_jax.adam(0.1), average_parameters(0.9)), "[0][0].mu['head']['b']"),
 }
 
@@ -259,15 +400,21 @@ def test_a_state_whose_arrays_became_lists(name):
     state = jax.tree.map(lambda x: x.tolist(), tx.init(params))
     kind = "float" if name == "a number" else "list"
     says = f"the state has a {kind} at {place}; expected an array", "target", "jnp.asarray"
-    for who, use in {
+    for caller, use in {
         "update": lambda: tx.update(params, state, params),
         "reset": lambda: adam_jax.reset(state, tx),
         "hyperparameters": lambda: adam_jax.hyperparameters(state, tx),
     }.items():
-        with refused(TypeError, f"{who}: the state has", *says):
+        with refused(TypeError, f"{caller}: the state has", *says):
             use()
-    with refused(TypeError, ".weights; expected an array") if name != "skip_spikes" else refused(TypeError, "expected an array"):
-        jax.eval_shape(tx.update, params, state, params)  # traced, the numbers in the lists are arrays
+    with (
+        refused(TypeError, ".weights; expected an array")
+        if name != "skip_spikes"
+        else refused(TypeError, "expected an array")
+    ):
+        jax.eval_shape(
+            tx.update, params, state, params
+        )  # traced, the numbers in the lists are arrays
 
 
 def test_numbers_may_stand_for_counts_and_for_settable_values():
@@ -286,10 +433,14 @@ TAKES_TX = {
     "state_bytes": lambda state, tx: adam_jax.state_bytes(PARAMS, tx),
     "describe": lambda state, tx: adam_jax.describe(PARAMS, tx),
     "state_shardings": lambda state, tx: adam_jax.state_shardings(PARAMS, tx, None),
-    "from_optax": lambda state, tx: adam_jax.from_optax(optax.adam(0.1).init(PARAMS), PARAMS, tx),
-    "to_optax": lambda state, tx: adam_jax.to_optax(tx, state, optax.adam(0.1).init(PARAMS)),
-    "from_torch": lambda state, tx: adam_jax.from_torch(TORCH, PARAMS, tx),
-    "to_torch": lambda state, tx: adam_jax.to_torch(tx, state, TORCH),
+    "from_optax": lambda state, tx: adam_jax.migrate.from_optax(
+        optax.adam(0.1).init(PARAMS), PARAMS, tx
+    ),
+    "to_optax": lambda state, tx: adam_jax.migrate.to_optax(
+        tx, state, optax.adam(0.1).init(PARAMS)
+    ),
+    "from_torch": lambda state, tx: adam_jax.migrate.from_torch(TORCH, PARAMS, tx),
+    "to_torch": lambda state, tx: adam_jax.migrate.to_torch(tx, state, TORCH),
     "skip_nonfinite": lambda state, tx: adam_jax.skip_nonfinite(state),
     "skip_spikes": lambda state, tx: adam_jax.skip_spikes(state),
     "observe": lambda state, tx: adam_jax.observe(state),
@@ -301,16 +452,28 @@ TORCH = {"state": {}, "param_groups": [{"params": [0], "param_names": ["w"]}]}
 def test_a_state_in_the_place_of_the_transformation(name):
     tx = adam_jax.adam(0.1)
     wraps = name in ("skip_nonfinite", "skip_spikes", "observe")
-    says = () if wraps else ("It looks like a state or parameters: are two arguments swapped?", f"help(adam_jax.{name})")
-    with refused(TypeError, f"{name}: ", "holds arrays; expected a gradient transformation", *says) as caught:
+    says = (
+        ()
+        if wraps
+        else ("It looks like a state or parameters: are two arguments swapped?", f"help({name})")
+    )
+    with refused(
+        TypeError, f"{name}: ", "holds arrays; expected a gradient transformation", *says
+    ) as caught:
         TAKES_TX[name](tx.init(PARAMS), tx)
     assert "Array(" not in str(caught.value)
     assert "[[" not in str(caught.value)
 
 
 def test_every_function_that_takes_a_transformation_is_in_the_table():
-    functions = {name: getattr(adam_jax, name) for name in adam_jax.__all__ if inspect.isfunction(getattr(adam_jax, name))}
-    taking = {name for name, f in functions.items() if {"tx", "from_tx"} & inspect.signature(f).parameters.keys()}
+    modules = (adam_jax, adam_jax.stages, adam_jax.diagnostics, adam_jax.migrate)
+    public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
+    taking = {
+        name
+        for name, f in functions.items()
+        if {"tx", "from_tx"} & inspect.signature(f).parameters.keys()
+    }
     assert taking == TAKES_TX.keys()
 
 
@@ -318,18 +481,26 @@ ARRAYS = {
     "a learning rate": lambda: adam_jax.adam(PARAMS),
     "a storage": lambda: adam_jax.adam(0.1, storage=PARAMS),
     "a seed": lambda: adam_jax.round_stochastically(np.ones(9)),
-    "a step": lambda: adam_jax.set_step(adam_jax.adam(0.1).init(PARAMS), adam_jax.adam(0.1), PARAMS),
+    "a step": lambda: adam_jax.set_step(
+        adam_jax.adam(0.1).init(PARAMS), adam_jax.adam(0.1), PARAMS
+    ),
     "a part": lambda: chain(adam_jax.adam(0.1), PARAMS),
     "groups": lambda: adam_jax.by_path((PARAMS,), adam_jax.adam(0.1)),
     "a group": lambda: adam_jax.by_path({"head": PARAMS["head"]["w"]}, adam_jax.adam(0.1)),
-    "a mask": lambda: jax.eval_shape(adam_jax.adamw(0.1, mask=PARAMS).update, PARAMS, adam_jax.adamw(0.1).init(PARAMS), PARAMS),
-    "a match": lambda: adam_jax.reset(adam_jax.adam(0.1).init(PARAMS), adam_jax.adam(0.1), match=PARAMS),
+    "a mask": lambda: jax.eval_shape(
+        adam_jax.adamw(0.1, mask=PARAMS).update, PARAMS, adam_jax.adamw(0.1).init(PARAMS), PARAMS
+    ),
+    "a match": lambda: adam_jax.reset(
+        adam_jax.adam(0.1).init(PARAMS), adam_jax.adam(0.1), match=PARAMS
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_no_message_prints_an_array(name):
-    with pytest.raises((TypeError, ValueError), match=r"found an? (array of|value of type)") as caught:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"found an? (array of|value of type)"
+    ) as caught:
         ARRAYS[name]()
     assert "1." not in str(caught.value)
 
@@ -348,7 +519,13 @@ def test_a_cautious_link_that_knows_no_gradient():
 
 @pytest.mark.parametrize(
     "schedule",
-    [lambda c: jnp.float32(1.5), lambda c: jnp.array(True), lambda c: jnp.complex64(0.5), lambda c: None, lambda c: "1"],
+    [
+        lambda c: jnp.float32(1.5),
+        lambda c: jnp.array(True),
+        lambda c: jnp.complex64(0.5),
+        lambda c: None,
+        lambda c: "1",
+    ],
 )
 def test_a_schedule_that_returns_no_decay(schedule):
     """Seen where it is concrete, and its dtype even where it is traced."""
@@ -356,14 +533,24 @@ def test_a_schedule_that_returns_no_decay(schedule):
         adam_jax.adam(0.1, schedule).init(PARAMS)
 
 
-@pytest.mark.parametrize("mask", [{"head": "decay"}, {"head": {"b": "no", "w": True}}, {"head": 0.5}])
+@pytest.mark.parametrize(
+    "mask", [{"head": "decay"}, {"head": {"b": "no", "w": True}}, {"head": 0.5}]
+)
 def test_a_mask_of_no_booleans(mask):
     tx = adam_jax.adamw(0.1, mask=mask)
     with refused(ValueError, "mask: found", "True or False"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("build", [scale_by_moments, adam_jax.scale_by_atan2, adam_jax.keep_maximum, adam_jax.clip_update_rms])
+@pytest.mark.parametrize(
+    "build",
+    [
+        scale_by_moments,
+        adam_jax.stages.scale_by_atan2,
+        adam_jax.stages.keep_maximum,
+        adam_jax.stages.clip_update_rms,
+    ],
+)
 def test_a_second_moment_that_is_not_tracked(build):
     tx = chain(track_moments(0.9, None), build())
     with refused(ValueError, build.__name__, "needs ν", "b2"):

@@ -1,4 +1,5 @@
-"""`reset`: what starts afresh steps as a new run does, and what does not as if nothing had happened.
+"""`reset`: what starts afresh steps as a new run does, and what does not as if nothing had
+happened.
 
 The oracles are the uninterrupted run and a fresh state whose counts alone are those of the run.
 """
@@ -14,7 +15,7 @@ import pytest
 from helpers import draw_tree, same
 
 import adam_jax as aj
-from adam_jax import storage
+from adam_jax.storage.stored_leaf import unpack_moment
 
 SHAPES = {"b": (3,), "head": {"w": (64, 80)}, "w": (64, 80)}
 HEAD = r"\['head'\]"
@@ -38,10 +39,18 @@ WRAPPERS = {
     "masked": optax.masked(INNER, {"b": True, "head": True, "w": False}),
     "MultiSteps": optax.MultiSteps(INNER, 1).gradient_transformation(),
     "inject": optax.inject_hyperparams(aj.adam)(learning_rate=0.1),
-    "partition": optax.partition({0: INNER, 1: aj.adabelief(0.2)}, {"b": 0, "head": {"w": 1}, "w": 1}),
-    "nested": aj.chain(aj.chain(INNER, aj.cautious(after_learning_rate=True)), aj.average_parameters(0.9)),
+    "partition": optax.partition(
+        {0: INNER, 1: aj.adabelief(0.2)}, {"b": 0, "head": {"w": 1}, "w": 1}
+    ),
+    "nested": aj.chain(
+        aj.chain(INNER, aj.stages.cautious(after_learning_rate=True)),
+        aj.stages.average_parameters(0.9),
+    ),
 }
-INSIDE = dict.fromkeys(WRAPPERS, INNER) | {"partition": aj.adabelief(0.2), "nested": WRAPPERS["nested"]}
+INSIDE = dict.fromkeys(WRAPPERS, INNER) | {
+    "partition": aj.adabelief(0.2),
+    "nested": WRAPPERS["nested"],
+}
 """What of this package the head is trained by, inside a wrapper."""
 
 TXS = MEMBERS | WRAPPERS
@@ -49,7 +58,9 @@ TXS = MEMBERS | WRAPPERS
 
 @jax.jit
 def step_all(states, grads):
-    """All of these, in one program, which is compiled once more where weights have an entry a leaf."""
+    """All of these, in one program, which is compiled once more where weights have an
+    entry a leaf.
+    """
     return {name: TXS[name].update(grads, state, PARAMS) for name, state in states.items()}
 
 
@@ -61,7 +72,9 @@ def go_on(states, seed):
 
 @functools.cache
 def course(steps):
-    """The states of all these after some steps; the parameters stand still, so that no run depends on another's."""
+    """The states of all these after some steps; the parameters stand still, so that no run depends
+    on another's.
+    """
     if steps == 0:
         return jax.jit(lambda: {name: tx.init(PARAMS) for name, tx in TXS.items()})()
     return go_on(course(steps - 1), steps)[1]
@@ -69,13 +82,22 @@ def course(steps):
 
 @functools.cache
 def further():
-    """Three more steps of each, by name: after a reset of the head, as before, and from fresh moments at the same counts."""
+    """Three more steps of each, by name: after a reset of the head, as before, and from fresh
+    moments at the same counts.
+    """
     names = course(5)
-    part = {name: aj.reset(state, INSIDE.get(name, TXS[name]), match=HEAD) for name, state in names.items()}
-    fresh = {name: counted(state, 5) if name in MEMBERS else state for name, state in course(0).items()}
+    part = {
+        name: aj.reset(state, INSIDE.get(name, TXS[name]), match=HEAD)
+        for name, state in names.items()
+    }
+    fresh = {
+        name: counted(state, 5) if name in MEMBERS else state for name, state in course(0).items()
+    }
     before, steps = names, []
     for seed in range(6, 9):
-        (ours, part), (theirs, before), (new, fresh) = (go_on(states, seed) for states in (part, before, fresh))
+        (ours, part), (theirs, before), (new, fresh) = (
+            go_on(states, seed) for states in (part, before, fresh)
+        )
         steps.append({name: (ours[name], theirs[name], new[name]) for name in names})
     return {name: [step[name] for step in steps] for name in names}
 
@@ -106,7 +128,11 @@ def moments(state):
     """All arrays of moments, by path."""
     located = jax.tree_util.tree_leaves_with_path(state)
     paths = {jax.tree_util.keystr(path): np.asarray(x) for path, x in located}
-    return {path: x for path, x in paths.items() if re.search(r"\.(mu|nu|nu_max|mu_slow|scales|weights|weight|age)\b", path)}
+    return {
+        path: x
+        for path, x in paths.items()
+        if re.search(r"\.(mu|nu|nu_max|mu_slow|scales|weights|weight|age)\b", path)
+    }
 
 
 def head(x):
@@ -115,11 +141,15 @@ def head(x):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_some_leaves_step_as_new_ones_and_the_others_as_before(name):
-    for i, (ours, before, new) in enumerate(further()[name]):  # not only the step after: weights have to grow as they should
+    for i, (ours, before, new) in enumerate(
+        further()[name]
+    ):  # not only the step after: weights have to grow as they should
         np.testing.assert_allclose(head(ours), head(new), rtol=2e-6, atol=1e-12)
         for other in ("w", "b"):
             np.testing.assert_allclose(ours[other], before[other], rtol=2e-6, atol=1e-12)
-        assert i < 1 or not np.allclose(head(before), head(new), rtol=1e-2)  # the first of adopt is 0
+        assert i < 1 or not np.allclose(
+            head(before), head(new), rtol=1e-2
+        )  # the first of adopt is 0
 
 
 def test_leaves_are_named_as_groups_name_them():
@@ -130,7 +160,10 @@ def test_leaves_are_named_as_groups_name_them():
 @pytest.mark.parametrize("name", MEMBERS)
 def test_all_leaves_are_those_of_a_fresh_state(name):
     state, expected = course(5)[name], moments(course(0)[name])
-    for old in (state, aj.reset(state, MEMBERS[name], match=HEAD)):  # of the second the weights have an entry a leaf
+    for old in (
+        state,
+        aj.reset(state, MEMBERS[name], match=HEAD),
+    ):  # of the second the weights have an entry a leaf
         found = moments(aj.reset(old, MEMBERS[name]))
         assert found.keys() == expected.keys()
         for path, x in expected.items():
@@ -139,9 +172,12 @@ def test_all_leaves_are_those_of_a_fresh_state(name):
 
 
 def test_a_nu_that_does_not_start_at_zero_starts_there_again():
-    for tx in (aj.yogi(0.1, initial_accumulator_value=0.25), aj.rmsprop(0.1, initial_scale=0.25, storage="8bit")):
+    for tx in (
+        aj.yogi(0.1, initial_accumulator_value=0.25),
+        aj.rmsprop(0.1, initial_scale=0.25, storage="8bit"),
+    ):
         state = aj.reset(trained(tx)[1], tx, match=r"(mu|nu)\['w'\]")
-        wide = storage.take_out("nu", state[0].nu, state[0].scales)
+        wide = unpack_moment("nu", state[0].nu, state[0].scales)
         assert float(jnp.min(wide[2].widen())) == float(jnp.max(wide[2].widen())) == 0.25
         assert not np.allclose(wide[1].widen(), 0.25)
 
@@ -153,7 +189,7 @@ MATCHES = (r"\.mu\['w'\]", r"\['w'\]", r"\.mu\b", HEAD, None)
 def test_a_state_keeps_its_form_from_step_to_step(tx):
     state = trained(tx)[1]
     states = [aj.reset(state, tx, match=match) for match in MATCHES]
-    step = lambda states, _: ([tx.update(tree(9), state, PARAMS)[1] for state in states], None)  # noqa: E731
+    step = lambda states, _: ([tx.update(tree(9), state, PARAMS)[1] for state in states], None)
     after = jax.jit(lambda states: jax.lax.scan(step, states, length=3)[0])(states)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
 
@@ -180,7 +216,7 @@ def test_adopt_fills_a_nu_that_starts_again_before_it_divides_by_it():
 
 def test_what_is_no_moment_is_kept():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    links = (aj.compensate(), aj.average_parameters(0.9))
+    links = (aj.compensate(), aj.stages.average_parameters(0.9))
     tx = aj.chain(aj.adam(0.1), *links)
     _, state = trained(tx, params=params)
     same(aj.reset(state, tx)[1:], state[1:])
@@ -236,7 +272,9 @@ def test_schedules_of_optax(standard_promotion):
 
 
 def test_a_group_is_found_by_its_label():
-    tx = optax.partition({"a": aj.adam(0.1), "b": aj.adam(0.1)}, {"b": "a", "head": {"w": "b"}, "w": "a"})
+    tx = optax.partition(
+        {"a": aj.adam(0.1), "b": aj.adam(0.1)}, {"b": "a", "head": {"w": "b"}, "w": "a"}
+    )
     _, state = trained(tx)
     found = aj.reset(state, aj.adam(0.1), match=lambda path: path.startswith(".inner_states['a']"))
     its = {label: masked.inner_state[0] for label, masked in found.inner_states.items()}
@@ -287,7 +325,10 @@ SCHEDULED = {"tx": FADING, "state": FADING.init(PARAMS)}
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"match": "tail"}, "found no moments whose path matches 'tail'; expected one of \"[0].mu['b']\""),
+        (
+            {"match": "tail"},
+            "found no moments whose path matches 'tail'; expected one of \"[0].mu['b']\"",
+        ),
         (
             {"match": "mu", "schedule": True, **SCHEDULED},
             "found no counts of a schedule whose path matches 'mu'; expected one of '[3].step'.",
@@ -299,7 +340,10 @@ SCHEDULED = {"tx": FADING, "state": FADING.init(PARAMS)}
             "reset: adam(learning_rate=0.1, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0) got",
         ),
         ({"state": (), "tx": aj.chain(aj.scale_by_learning_rate(0.1))}, "where it keeps 1"),
-        ({"state": SGD.init(PARAMS), "tx": SGD}, "found no moments in the state; expected that of a transformation which has"),
+        (
+            {"state": SGD.init(PARAMS), "tx": SGD},
+            "found no moments in the state; expected that of a transformation which has",
+        ),
     ],
 )
 def test_nothing_to_reset_is_an_error(arguments, says):
@@ -322,7 +366,9 @@ def test_a_state_that_was_mapped_over_is_refused_whatever_its_shapes():
         aj.reset(state, INNER, match="w")
 
 
-@pytest.mark.parametrize(("match", "error"), [("[", ValueError), (b"w", TypeError), (["w"], TypeError)])
+@pytest.mark.parametrize(
+    ("match", "error"), [("[", ValueError), (b"w", TypeError), (["w"], TypeError)]
+)
 def test_what_is_no_pattern_is_refused(match, error):
     with pytest.raises(error, match="reset: match: found"):
         aj.reset(INNER.init(jnp.ones(3)), INNER, match=match)

@@ -1,8 +1,8 @@
 """The links that round the new parameter: what `params + update` then is, and what it never loses.
 
-The oracle is NumPy's float32, which knows the two numbers of a dtype that enclose a sum, and the float32 run itself. XLA's CPU
-takes subnormal numbers for zero, and so does the oracle where this backend does.
-"""
+The oracle is NumPy's float32, which knows the two numbers of a dtype that enclose a sum, and the
+float32 run itself. XLA's CPU takes subnormal numbers for zero, and so does the oracle where this
+backend does."""
 
 import functools
 import itertools
@@ -22,7 +22,9 @@ import adam_jax as aj
 
 LINKS = {"stochastic": aj.round_stochastically(3), "compensate": aj.compensate()}
 LOW = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
-RATE = 0.125  # a power of two: with it a product is exact, and however it is fused makes no difference
+RATE = (
+    0.125  # a power of two: with it a product is exact, and however it is fused makes no difference
+)
 TINY = np.float32(2.0**-126)
 
 
@@ -98,7 +100,9 @@ apply = jax.jit(apply_eagerly, static_argnums=0)
 
 
 def some_numbers(dtype):
-    """Every exponent with both signs, and mantissas at both ends and between: zeros, subnormals and the largest among them."""
+    """Every exponent with both signs, and mantissas at both ends and between: zeros, subnormals and
+    the largest among them.
+    """
     digits = int(jnp.finfo(dtype).nmant)
     mantissas = np.unique([0, 1, (1 << digits) - 1] + ([3, 0x155] if digits > 8 else []))
     exponents = np.arange(2 ** (15 - digits) - 1)
@@ -110,7 +114,9 @@ def some_numbers(dtype):
 def pairs(dtype):
     """From each of them to each of them: parameters, targets, updates, and the sum in float32."""
     numbers = some_numbers(dtype)
-    params, targets = (np.ascontiguousarray(x) for x in np.meshgrid(numbers, numbers, indexing="ij"))
+    params, targets = (
+        np.ascontiguousarray(x) for x in np.meshgrid(numbers, numbers, indexing="ij")
+    )
     with np.errstate(over="ignore"):
         updates = (targets.astype(float) - params.astype(float)).astype(np.float32)
     return params, f32(targets), updates, add(f32(params), updates)
@@ -131,14 +137,18 @@ def test_the_sum_is_the_rounded_number_for_all_pairs_of_exponents(dtype, name, h
     params, targets, updates, new = pairs(dtype)
     tx = LINKS[name]
 
-    def step(params, minus):  # the update is made in the same computation, where XLA may simplify what comes of it
+    def step(
+        params, minus
+    ):  # the update is made in the same computation, where XLA may simplify what comes of it
         return apply_eagerly(tx, params, tx.init(params), -minus)[0]
 
     found = (jax.jit(step) if how == "jit" else step)(jnp.asarray(params), jnp.asarray(-updates))
     assert found.dtype == dtype
     found, old, ok = f32(found), flushed(f32(params)), np.isfinite(new)
 
-    assert (found[~ok] == new[~ok]).all()  # the update is not finite either: the two were too far apart
+    assert (
+        found[~ok] == new[~ok]
+    ).all()  # the update is not finite either: the two were too far apart
     found, old, targets, new = found[ok], old[ok], targets[ok], new[ok]
     candidates = rounded_pairs(dtype, name)
     # A difference that is subnormal is lost where those are zero: with any other optimizer, too.
@@ -158,13 +168,22 @@ def test_the_sum_is_the_rounded_number_for_all_pairs_of_exponents(dtype, name, h
 def test_a_number_is_rounded_to_either_neighbour_and_past_the_largest_to_it():
     """Sums that are in no way special, but for the last, which no bfloat16 reaches."""
     draw = np.random.default_rng(0)
-    old = jnp.asarray(draw.standard_normal(20_000) * 2.0 ** draw.integers(-40, 40, 20_000), jnp.bfloat16)
-    update = (f32(old) * draw.standard_normal(20_000) * 2.0 ** draw.integers(-12, 4, 20_000)).astype(np.float32)
-    old, update = old.at[:4].set(jnp.asarray([3e38, -3e38, 3.3e38, -3.3e38], old.dtype)), update.copy()
+    old = jnp.asarray(
+        draw.standard_normal(20_000) * 2.0 ** draw.integers(-40, 40, 20_000), jnp.bfloat16
+    )
+    update = (
+        f32(old) * draw.standard_normal(20_000) * 2.0 ** draw.integers(-12, 4, 20_000)
+    ).astype(np.float32)
+    old, update = (
+        old.at[:4].set(jnp.asarray([3e38, -3e38, 3.3e38, -3.3e38], old.dtype)),
+        update.copy(),
+    )
     update[:4] = np.float32([3.95e37, -3.95e37, 1e37, -1e37])
     new = f32(old) + update
     below, above = enclosing(new, jnp.bfloat16)
-    stochastic, near = (f32(apply(tx, old, tx.init(old), jnp.asarray(update))[0]) for tx in LINKS.values())
+    stochastic, near = (
+        f32(apply(tx, old, tx.init(old), jnp.asarray(update))[0]) for tx in LINKS.values()
+    )
     assert ((stochastic == below) | (stochastic == above)).all()
     np.testing.assert_array_equal(near, nearest(new, jnp.bfloat16))
     assert 0.4 < np.mean((stochastic == above)[below < above]) < 0.6
@@ -172,9 +191,13 @@ def test_a_number_is_rounded_to_either_neighbour_and_past_the_largest_to_it():
 
 
 def test_where_a_compensated_parameter_falls_to_next_to_nothing_the_sum_is_off_by_next_to_nothing():
-    """Its lost bits reach to 2⁻²⁴ of it, and so may what is left; a difference that is larger than it does not."""
+    """Its lost bits reach to 2⁻²⁴ of it, and so may what is left; a difference that is larger than
+    it does not.
+    """
     draw = np.random.default_rng(0)
-    old = jnp.asarray(draw.choice([-1, 1], 4096) * (1 + draw.integers(0, 128, 4096) / 128), jnp.bfloat16)
+    old = jnp.asarray(
+        draw.choice([-1, 1], 4096) * (1 + draw.integers(0, 128, 4096) / 128), jnp.bfloat16
+    )
     lost = jnp.asarray(draw.integers(-(2**15), 2**15, 4096), jnp.int16)
     before = recombined(old, lost)
     left = (draw.integers(-600, 600, 4096) * 2.0**-24).astype(np.float32)
@@ -182,7 +205,9 @@ def test_where_a_compensated_parameter_falls_to_next_to_nothing_the_sum_is_off_b
     new = before + update
     tx = LINKS["compensate"]
     found, _ = apply(tx, old, tx.init(old)._replace(lost=lost), jnp.asarray(update))
-    assert (np.abs(f32(found).astype(float) - nearest(new, jnp.bfloat16)) <= 2.0**-24 * np.abs(f32(old))).all()
+    assert (
+        np.abs(f32(found).astype(float) - nearest(new, jnp.bfloat16)) <= 2.0**-24 * np.abs(f32(old))
+    ).all()
     assert (np.abs(new) < 2.0**-16).mean() > 0.3
 
 
@@ -197,9 +222,15 @@ def test_a_finite_sum_stays_finite_where_the_difference_overflows(link):
 
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_the_mean_over_many_draws_is_the_sum(dtype):
-    """10⁵ draws a number, over positions and steps: up as often as a fair coin of that weight, within 4 standard errors."""
-    olds = np.array([1.0, -1.0, 0.75, -3.0, 0.0, 0.0, 1e4, *[2.0**-20, -(2.0**-16)] * (dtype == jnp.float16)])
-    moves = np.array([1e-3, 1e-3, -1e-5, 1e-2, 1e-6, -3e-5, 1.0, *[1.3e-8, 0.7e-8] * (dtype == jnp.float16)])
+    """10⁵ draws a number, over positions and steps: up as often as a fair coin of that weight,
+    within 4 standard errors.
+    """
+    olds = np.array(
+        [1.0, -1.0, 0.75, -3.0, 0.0, 0.0, 1e4, *[2.0**-20, -(2.0**-16)] * (dtype == jnp.float16)]
+    )
+    moves = np.array(
+        [1e-3, 1e-3, -1e-5, 1e-2, 1e-6, -3e-5, 1.0, *[1.3e-8, 0.7e-8] * (dtype == jnp.float16)]
+    )
     tx = LINKS["stochastic"]
     old = jnp.asarray(np.repeat(olds[:, None], 2500, 1), dtype)
     update = jnp.asarray(np.repeat(moves[:, None], 2500, 1), jnp.float32)
@@ -221,8 +252,14 @@ def test_the_mean_over_many_draws_is_the_sum(dtype):
 
 def test_the_draws_depend_on_seed_step_leaf_and_position_and_on_nothing_else():
     shape = (300, 100)
-    params = {"a": jnp.ones(shape, jnp.bfloat16), "wide": jnp.ones(shape), "b": jnp.ones(shape, jnp.bfloat16)}
-    updates = jax.tree.map(lambda p: jnp.full(p.shape, 2.0**-8, jnp.float32), params)  # an even coin
+    params = {
+        "a": jnp.ones(shape, jnp.bfloat16),
+        "wide": jnp.ones(shape),
+        "b": jnp.ones(shape, jnp.bfloat16),
+    }
+    updates = jax.tree.map(
+        lambda p: jnp.full(p.shape, 2.0**-8, jnp.float32), params
+    )  # an even coin
 
     def ups(seed, step, leaf="a"):
         tx = aj.round_stochastically(seed)
@@ -233,7 +270,13 @@ def test_the_draws_depend_on_seed_step_leaf_and_position_and_on_nothing_else():
     np.testing.assert_array_equal(coin, ups(0, 0))
     np.testing.assert_array_equal(coin, ups(np.int64(0), 0))
     others = [ups(1, 0), ups(2**32 - 1, 0), ups(0, 1), ups(0, 2**31 - 1), ups(0, 0, "b")]
-    others += [np.roll(coin, 1, 0), np.roll(coin, 1, 1), np.roll(coin, 64, 1), coin[::-1], ups(1, 1)]
+    others += [
+        np.roll(coin, 1, 0),
+        np.roll(coin, 1, 1),
+        np.roll(coin, 64, 1),
+        coin[::-1],
+        ups(1, 1),
+    ]
     for other in others:
         assert abs(np.mean(coin == other) - 0.5) < 4 * 0.5 / np.sqrt(coin.size)
     for axis in (0, 1):  # no row and no column is one-sided
@@ -273,14 +316,24 @@ def compensated_run(dtype, params, updates):
 
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_parameters_with_their_lost_bits_are_the_float32_run(dtype):
-    """Bit for bit over 400 steps, of all sizes for bfloat16; for float16 of those that it holds as normal numbers."""
+    """Bit for bit over 400 steps, of all sizes for bfloat16; for float16 of those that it holds as
+    normal numbers.
+    """
     draw = np.random.default_rng(0)
     if dtype == jnp.bfloat16:
         params = draw.standard_normal(1024) * 2.0 ** draw.integers(-40, 40, 1024)
-        updates = draw.standard_normal((400, 1024)) * np.abs(params) * 2.0 ** draw.integers(-26, 1, (400, 1024))
+        updates = (
+            draw.standard_normal((400, 1024))
+            * np.abs(params)
+            * 2.0 ** draw.integers(-26, 1, (400, 1024))
+        )
     else:
         params = draw.choice([-1, 1], 1024) * 2.0 ** draw.uniform(-6, 12, 1024)
-        updates = draw.standard_normal((400, 1024)) * np.abs(params) * 2.0 ** draw.integers(-26, -8, (400, 1024))
+        updates = (
+            draw.standard_normal((400, 1024))
+            * np.abs(params)
+            * 2.0 ** draw.integers(-26, -8, (400, 1024))
+        )
     updates = updates.astype(np.float32)
     found, lost, expected = compensated_run(dtype, params, updates)
     assert lost.dtype == jnp.int16
@@ -293,7 +346,9 @@ def test_parameters_with_their_lost_bits_are_the_float32_run(dtype):
 
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_the_lost_bits_never_make_it_worse(dtype):
-    """Where there are too many of them they saturate: subnormal float16 numbers, and beyond the largest number."""
+    """Where there are too many of them they saturate: subnormal float16 numbers, and beyond the
+    largest number.
+    """
     draw = np.random.default_rng(0)
     update = draw.standard_normal(4096) * 2.0 ** draw.integers(-30, -14, 4096)
     top = float(jnp.finfo(dtype).max)
@@ -330,13 +385,19 @@ def test_what_is_lost_is_kept_only_for_narrow_leaves():
 
 
 def test_a_hundred_small_updates():
-    """The design's example: each is a quarter of 1.0's last bit downwards, and rounded to nearest none of them is seen."""
+    """The design's example: each is a quarter of 1.0's last bit downwards, and rounded to nearest
+    none of them is seen.
+    """
     old = jnp.ones(4096, jnp.bfloat16)
     grads = jnp.ones((100, 4096), jnp.bfloat16)
 
     def run(*links):
         tx = aj.chain(aj.scale_by_learning_rate(1e-3), *links)
-        return jax.jit(lambda: lax.scan(lambda carry, g: (apply(tx, *carry, g), None), (old, tx.init(old)), grads)[0])()
+        return jax.jit(
+            lambda: lax.scan(
+                lambda carry, g: (apply(tx, *carry, g), None), (old, tx.init(old)), grads
+            )[0]
+        )()
 
     assert (f32(run()[0]) == 1).all()
     expected = np.float32(1)
@@ -404,26 +465,41 @@ def test_a_tree_without_narrow_leaves_has_nothing_to_do(link):
 
 
 def grads_of(params, steps=6, seed=0):
-    """Small ones in bfloat16, as a backward pass gives them: for the plain sum most are too small."""
+    """Small ones in bfloat16, as a backward pass gives them: for the plain sum most
+    are too small.
+    """
     draw = np.random.default_rng(seed)
     return [
-        {k: jnp.asarray(draw.standard_normal(p.shape) * 2.0 ** draw.integers(-8, 0, p.shape), p.dtype) for k, p in params.items()}
+        {
+            k: jnp.asarray(
+                draw.standard_normal(p.shape) * 2.0 ** draw.integers(-8, 0, p.shape), p.dtype
+            )
+            for k, p in params.items()
+        }
         for _ in range(steps)
     ]
 
 
 def large_grads_of(params, steps):
-    """With these parameters move by more than their size, and a difference of two has more bits than either."""
+    """With these parameters move by more than their size, and a difference of two has more bits
+    than either.
+    """
     return [jax.tree.map(lambda g: (16 * g).astype(g.dtype), g) for g in grads_of(params, steps)]
 
 
 def small_params():
     draw = np.random.default_rng(5)
-    return {"w": jnp.asarray(draw.standard_normal((8, 6)), jnp.bfloat16), "b": jnp.asarray(draw.standard_normal(4), jnp.float32)}
+    return {
+        "w": jnp.asarray(draw.standard_normal((8, 6)), jnp.bfloat16),
+        "b": jnp.asarray(draw.standard_normal(4), jnp.float32),
+    }
 
 
 def check_path(link, path, grads, name="w"):
-    """Whether parameters went where gradients took them: `path` begins at the start, and has one more entry than `grads`."""
+    """Whether parameters went where gradients took them:
+
+    `path` begins at the start, and has one more entry than `grads`.
+    """
     exact = f32(path[0])
     for before, after, g in zip(path, path[1:], grads, strict=False):
         assert after.dtype == jnp.bfloat16
@@ -448,16 +524,20 @@ def wrapped(link):
     mask = {"w": True, "b": False}
     return {
         "chain": descent(link),
-        "nested": aj.chain(optax.identity(), aj.chain(aj.chain(aj.scale_by_learning_rate(RATE)), aj.chain(link))),
+        "nested": aj.chain(
+            optax.identity(), aj.chain(aj.chain(aj.scale_by_learning_rate(RATE)), aj.chain(link))
+        ),
         "optax.chain": optax.chain(optax.identity(), descent(link)),
         "optax.chain of stages": optax.chain(optax.scale(-RATE), link),
         "behind optax": aj.chain(optax.scale(-RATE), link),
         "masked": optax.masked(descent(link), mask),
         "masked link": optax.chain(optax.scale(-RATE), optax.masked(link, mask)),
         "partition": optax.partition({0: descent(link), 1: optax.sgd(0.1)}, {"w": 0, "b": 1}),
-        "inject_hyperparams": optax.inject_hyperparams(lambda learning_rate: descent(link, learning_rate))(RATE),
+        "inject_hyperparams": optax.inject_hyperparams(
+            lambda learning_rate: descent(link, learning_rate)
+        )(RATE),
         "MultiSteps": optax.MultiSteps(descent(link), 2).gradient_transformation(),
-        "averaged": aj.chain(descent(link), aj.average_parameters(0.9)),
+        "averaged": aj.chain(descent(link), aj.stages.average_parameters(0.9)),
         "apply_if_finite inside": optax.chain(optax.apply_if_finite(optax.scale(-RATE), 3), link),
     }
 
@@ -485,7 +565,9 @@ def test_under_wrappers(link, how, standard_promotion):
 
 
 def test_a_step_skipped_inside_leaves_the_parameter_where_it_was(link, standard_promotion):
-    """Optax's own `apply_if_finite` wants updates of the gradients' dtype back, so it stands before a link, not around it."""
+    """Optax's own `apply_if_finite` wants updates of the gradients' dtype back, so it stands before
+    a link, not around it.
+    """
     params = small_params()
     tx = wrapped(link)["apply_if_finite inside"]
     grads = grads_of(params, 2)
@@ -504,7 +586,9 @@ def test_the_seed_is_a_hyperparameter_to_inject(standard_promotion):
     old, step = jnp.ones(512, jnp.bfloat16), jnp.full(512, 1e-3)
     tx = optax.inject_hyperparams(aj.round_stochastically)(seed=7)
     found = tx.update(step, tx.init(old), old)[0]
-    np.testing.assert_array_equal(found, aj.round_stochastically(7).update(step, aj.round_stochastically().init(old), old)[0])
+    np.testing.assert_array_equal(
+        found, aj.round_stochastically(7).update(step, aj.round_stochastically().init(old), old)[0]
+    )
 
 
 def test_a_derivative_through_rounded_parameters_is_refused(link, standard_promotion):
@@ -514,7 +598,7 @@ def test_a_derivative_through_rounded_parameters_is_refused(link, standard_promo
         updates, _ = tx.update(params, tx.init(params), params)
         return aj.apply_updates(params, updates)["w"].astype(jnp.float32).sum()
 
-    name = link.init.spec.build.__name__
+    name = link.init.spec.constructor.__name__
     says = f"{name}: found a derivative", "rounding has no derivative", f"leave out {name}()"
     for way in (jax.grad, jax.jacfwd, lambda f, **of: jax.grad(jax.jit(f, static_argnums=1), **of)):
         with refused(ValueError, *says):
@@ -523,11 +607,15 @@ def test_a_derivative_through_rounded_parameters_is_refused(link, standard_promo
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda link: optax.masked(link, {"w": True, "b": False}), optax.chain], ids=["masked", "optax.chain"]
+    "wrap",
+    [lambda link: optax.masked(link, {"w": True, "b": False}), optax.chain],
+    ids=["masked", "optax.chain"],
 )
 def test_a_chain_refuses_what_it_cannot_see(link, wrap):
     tx = aj.chain(aj.scale_by_learning_rate(RATE), wrap(link))
-    with pytest.raises(ValueError, match="at position 1 holds a link that rounds parameters.*optax.chain"):
+    with pytest.raises(
+        ValueError, match="at position 1 holds a link that rounds parameters.*optax.chain"
+    ):
         tx.init(small_params())
 
 
@@ -538,7 +626,9 @@ def test_scan_donation_and_vmap_are_the_loop(link, standard_promotion):
     expected = jax.tree.leaves((path[-1], state))
 
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
-    loop = jax.jit(lambda p, s, g: lax.scan(lambda c, g: (apply(tx, *c, g), None), (p, s), g, unroll=3)[0])
+    loop = jax.jit(
+        lambda p, s, g: lax.scan(lambda c, g: (apply(tx, *c, g), None), (p, s), g, unroll=3)[0]
+    )
     step = jax.jit(functools.partial(apply_eagerly, tx), donate_argnums=(0, 1))
     donated = jax.tree.map(jnp.copy, (params, tx.init(params)))
     for g in grads:
@@ -578,8 +668,12 @@ def test_flax_linen_model_in_bfloat16(link, standard_promotion):
         def step(state, _):
             return state.apply_gradients(grads=jax.grad(loss)(state.params)), None
 
-        state = TrainState.create(apply_fn=model.apply, params=start, tx=aj.chain(aj.adam(1e-4), *links))
-        return jax.jit(lambda s: lax.scan(step, s, None, length=200)[0].params["params"]["kernel"])(state)
+        state = TrainState.create(
+            apply_fn=model.apply, params=start, tx=aj.chain(aj.adam(1e-4), *links)
+        )
+        return jax.jit(lambda s: lax.scan(step, s, None, length=200)[0].params["params"]["kernel"])(
+            state
+        )
 
     kernel = f32(start["params"]["kernel"])
     plain, linked = (np.abs(f32(run(*links)) - kernel).mean() for links in ((), (link,)))
@@ -611,12 +705,16 @@ ORDERS = {
     "optax.scale": lambda link: aj.chain(aj.adam(0.1), link, optax.scale(0.5)),
     "optax.clip": lambda link: aj.chain(aj.adam(0.1), link, optax.clip(0.5)),
     "optax.identity": lambda link: aj.chain(link, optax.identity()),
-    "decay": lambda link: aj.chain(aj.adam(0.1), link, aj.add_decayed_weights(0.1, learning_rate=0.1)),
-    "clip_update_rms": lambda link: aj.chain(aj.adam(0.1), link, aj.clip_update_rms(0.5)),
-    "cautious": lambda link: aj.chain(aj.adam(0.1), link, aj.cautious()),
+    "decay": lambda link: aj.chain(
+        aj.adam(0.1), link, aj.add_decayed_weights(0.1, learning_rate=0.1)
+    ),
+    "clip_update_rms": lambda link: aj.chain(aj.adam(0.1), link, aj.stages.clip_update_rms(0.5)),
+    "cautious": lambda link: aj.chain(aj.adam(0.1), link, aj.stages.cautious()),
     "stochastic": lambda link: aj.chain(aj.adam(0.1), link, aj.round_stochastically()),
     "compensate": lambda link: aj.chain(aj.adam(0.1), link, aj.compensate()),
-    "behind the average": lambda link: aj.chain(aj.adam(0.1), link, aj.average_parameters(0.9), optax.scale(1.0)),
+    "behind the average": lambda link: aj.chain(
+        aj.adam(0.1), link, aj.stages.average_parameters(0.9), optax.scale(1.0)
+    ),
     "nested": lambda link: aj.chain(aj.chain(aj.adam(0.1), aj.chain(link)), optax.scale(0.5)),
     "nested both": lambda link: aj.chain(aj.chain(aj.adam(0.1), link), aj.chain(optax.scale(0.5))),
 }
@@ -624,16 +722,19 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_nothing_follows_that_could_change_the_updates(link, order):
-    with pytest.raises(ValueError, match=r"chain: .* at position \d comes after .*, whose updates must reach the parameters as"):
+    with pytest.raises(
+        ValueError,
+        match=r"chain: .* at position \d comes after .*, whose updates must reach the parameters",
+    ):
         ORDERS[order](link)
 
 
 def test_an_error_of_order_names_both_and_where_they_stand(link):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        aj.chain(optax.clip(1.0), aj.adam(0.1), link, aj.cautious())
+        aj.chain(optax.clip(1.0), aj.adam(0.1), link, aj.stages.cautious())
     assert str(error.value) == (
-        f"chain: cautious() at position 3 comes after {link} at position 2, whose updates must reach the parameters as they are. "
-        f"Put it before."
+        f"chain: cautious() at position 3 comes after {link} at position 2, whose updates must "
+        "reach the parameters as they are. Put it before."
     )
 
 
@@ -641,13 +742,19 @@ def test_an_error_of_order_names_both_and_where_they_stand(link):
     "build",
     [
         lambda link: aj.chain(link, aj.adam(0.1)),
-        lambda link: aj.chain(aj.track_moments(), aj.scale_by_moments(), link, aj.scale_by_learning_rate(0.1)),
+        lambda link: aj.chain(
+            aj.track_moments(), aj.scale_by_moments(), link, aj.scale_by_learning_rate(0.1)
+        ),
         lambda link: aj.chain(aj.chain(link), aj.scale_by_learning_rate(0.1)),
     ],
     ids=["before a member", "before the rate", "nested"],
 )
 def test_it_does_not_stand_before_the_learning_rate(link, build):
-    with pytest.raises(ValueError, match="is right only after the learning rate was applied, but .* comes later. Move it behind"):
+    with pytest.raises(
+        ValueError,
+        match="is right only after the learning rate was applied, but .* comes later. Move it "
+        "behind",
+    ):
         build(link)
 
 
@@ -667,31 +774,49 @@ def test_it_does_not_take_moments(link):
     ids=["flat", "average nested", "link nested", "both nested"],
 )
 def test_the_average_does_not_stand_before_it(link, build):
-    with pytest.raises(ValueError, match=r"average_parameters\(decay=0.9\).* reads the updates .* rounded later. Move it last"):
-        build(aj.average_parameters(0.9), link)
+    with pytest.raises(
+        ValueError,
+        match=r"average_parameters\(decay=0.9\).* reads the updates .* rounded later. Move it last",
+    ):
+        build(aj.stages.average_parameters(0.9), link)
 
 
 @pytest.mark.parametrize(
     "build",
-    [lambda tx: tx, lambda tx: aj.chain(aj.adam(0.1), tx), lambda tx: optax.chain(optax.sgd(0.1), tx)],
+    [
+        lambda tx: tx,
+        lambda tx: aj.chain(aj.adam(0.1), tx),
+        lambda tx: optax.chain(optax.sgd(0.1), tx),
+    ],
     ids=["alone", "chain", "optax.chain"],
 )
 def test_without_params(link, build):
     params = small_params()
     tx = build(link)
-    who = "round_stochastically" if link is LINKS["stochastic"] else "compensate"
+    caller = "round_stochastically" if link is LINKS["stochastic"] else "compensate"
     with pytest.raises(ValueError) as error:  # noqa: PT011
         tx.update(params, tx.init(params))
-    expected = f"{who}() needs the parameters, and `update` was called without: call update(grads, state, params)."
+    expected = (
+        f"{caller}() needs the parameters, and `update` was called without: call update(grads, "
+        "state, params)."
+    )
     assert str(error.value) == expected
 
 
 AVERAGED = {
     "flat": lambda link, average: aj.chain(aj.scale_by_learning_rate(RATE), link, average),
-    "around": lambda link, average: aj.chain(aj.chain(aj.scale_by_learning_rate(RATE), link), average),
-    "within": lambda link, average: aj.chain(aj.scale_by_learning_rate(RATE), aj.chain(link, average)),
-    "all within": lambda link, average: aj.chain(optax.identity(), aj.chain(aj.scale_by_learning_rate(RATE), link, average)),
-    "optax.chain": lambda link, average: optax.chain(aj.chain(aj.scale_by_learning_rate(RATE), link), average),
+    "around": lambda link, average: aj.chain(
+        aj.chain(aj.scale_by_learning_rate(RATE), link), average
+    ),
+    "within": lambda link, average: aj.chain(
+        aj.scale_by_learning_rate(RATE), aj.chain(link, average)
+    ),
+    "all within": lambda link, average: aj.chain(
+        optax.identity(), aj.chain(aj.scale_by_learning_rate(RATE), link, average)
+    ),
+    "optax.chain": lambda link, average: optax.chain(
+        aj.chain(aj.scale_by_learning_rate(RATE), link), average
+    ),
 }
 
 
@@ -699,11 +824,17 @@ AVERAGED = {
 def test_the_average_is_of_what_the_parameters_become(link, order, standard_promotion):
     params = small_params()
     grads = large_grads_of(params, 7)
-    path, state = walk(AVERAGED[order](link, aj.average_parameters(0.75)), params, grads)
+    path, state = walk(AVERAGED[order](link, aj.stages.average_parameters(0.75)), params, grads)
     weights = 0.75 ** np.arange(7.0)[::-1]
-    expected = np.tensordot(weights / weights.sum(), [f32(p["w"]).astype(float) for p in path[1:]], 1)
-    np.testing.assert_allclose(aj.averaged_parameters(state)["w"], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(f32(path[-1]["w"]), f32(walk(descent(link), params, grads)[0][-1]["w"]))
+    expected = np.tensordot(
+        weights / weights.sum(), [f32(p["w"]).astype(float) for p in path[1:]], 1
+    )
+    np.testing.assert_allclose(
+        aj.stages.averaged_parameters(state)["w"], expected, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(
+        f32(path[-1]["w"]), f32(walk(descent(link), params, grads)[0][-1]["w"])
+    )
 
 
 # What is not finite
@@ -713,7 +844,10 @@ def test_the_average_is_of_what_the_parameters_become(link, order, standard_prom
 @pytest.mark.parametrize("of", ["update", "parameter"])
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_what_is_not_finite_stays_to_be_seen(link, bad, of, dtype):
-    old, update = jnp.asarray([1.0, -1.0, 0.0, 6e4], dtype), jnp.asarray([1e-3, 1.0, 0.0, -1.0], jnp.float32)
+    old, update = (
+        jnp.asarray([1.0, -1.0, 0.0, 6e4], dtype),
+        jnp.asarray([1e-3, 1.0, 0.0, -1.0], jnp.float32),
+    )
     expected = f32(old)
     if of == "update":
         update = update.at[:3].set(bad)
@@ -729,7 +863,10 @@ def test_what_is_not_finite_stays_to_be_seen(link, bad, of, dtype):
 
 
 def test_a_sum_beyond_float32_is_infinite_and_one_beyond_bfloat16_is_the_largest(link):
-    old, update = jnp.asarray([3.3e38, 3.3e38, -3.3e38], jnp.bfloat16), jnp.asarray([3e38, 1e37, -1e37], jnp.float32)
+    old, update = (
+        jnp.asarray([3.3e38, 3.3e38, -3.3e38], jnp.bfloat16),
+        jnp.asarray([3e38, 1e37, -1e37], jnp.float32),
+    )
     found, _ = apply(link, old, link.init(old), update)
     top = finite(jnp.bfloat16)[-1]
     np.testing.assert_array_equal(f32(found), np.float32([np.inf, top, -top]))
@@ -740,7 +877,9 @@ def test_a_sum_beyond_float32_is_infinite_and_one_beyond_bfloat16_is_the_largest
 
 @functools.cache
 def both_runs():
-    """Of each member the parameters after 30 steps in four bytes and in float32, in one program; start, and the way down."""
+    """Of each member the parameters after 30 steps in four bytes and in float32, in one program;
+    start, and the way down.
+    """
     draw = np.random.default_rng(0)
     shape = (64, 64)
     way = np.where(np.arange(64) % 3 == 0, -1, 1)  # most gradients of a column agree
@@ -754,16 +893,24 @@ def both_runs():
             return (apply(low, *carry[0], g), apply(high, *carry[1], g.astype(jnp.float32))), None
 
         wide = start.astype(jnp.float32)
-        (found, _), (expected, _) = lax.scan(step, ((start, low.init(start)), (wide, high.init(wide))), grads)[0]
+        (found, _), (expected, _) = lax.scan(
+            step, ((start, low.init(start)), (wide, high.init(wide))), grads
+        )[0]
         return found, expected
 
-    made = jax.jit(lambda: {name: run(getattr(aj, name)) for name in aj.family.__all__}).lower().compile(QUICKLY)()
+    made = (
+        jax.jit(lambda: {name: run(getattr(aj, name)) for name in aj.family.__all__})
+        .lower()
+        .compile(QUICKLY)()
+    )
     return made, start, way
 
 
 @pytest.mark.parametrize("member", aj.family.__all__)
 def test_every_member_stays_close_to_its_float32_run(member):
-    """bfloat16 parameters, 8-bit moments, 30 steps, each below half of most parameters' last bit."""
+    """bfloat16 parameters, 8-bit moments, 30 steps, each below half of most
+    parameters' last bit.
+    """
     made, start, way = both_runs()
     found, expected = made[member]
     assert found.dtype == jnp.bfloat16
@@ -771,4 +918,6 @@ def test_every_member_stays_close_to_its_float32_run(member):
     noise = np.std(moved - should) / np.sqrt(moved.size)
     assert should.mean() < -10 * noise
     np.testing.assert_allclose(moved.mean(), should.mean(), rtol=0.02, atol=4 * noise)
-    assert np.abs(moved - should).max() < 6 * np.sqrt(30 / 4) * 2.0**-7  # a walk of 30 steps, each with half a last bit's noise
+    assert (
+        np.abs(moved - should).max() < 6 * np.sqrt(30 / 4) * 2.0**-7
+    )  # a walk of 30 steps, each with half a last bit's noise

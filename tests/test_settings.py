@@ -1,4 +1,6 @@
-"""Hyperparameters of a run: what a state holds of them, what is read and set, and how little it costs."""
+"""Hyperparameters of a run: what a state holds of them, what is read and set, and how little it
+costs.
+"""
 
 import functools
 import pickle
@@ -30,21 +32,28 @@ def go_on(tx, state, steps=1, params=PARAMS):
 PAIRS = {
     "adam": (aj.adam, optax.adam),
     "adamw": (aj.adamw, optax.adamw),
-    "momentum": (functools.partial(aj.momentum, momentum=0.9), functools.partial(optax.sgd, momentum=0.9)),
+    "momentum": (
+        functools.partial(aj.momentum, momentum=0.9),
+        functools.partial(optax.sgd, momentum=0.9),
+    ),
     "rmsprop": (aj.rmsprop, optax.rmsprop),
     "nadam": (aj.nadam, optax.nadam),
 }
 
 
 def kernels(tx):
-    """What a donated step of update and apply runs: all fusions, copies and calls outside of the bodies of fusions."""
+    """What a donated step of update and apply runs: all fusions, copies and calls outside of the
+    bodies of fusions.
+    """
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     params = jax.eval_shape(lambda: PARAMS)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+        params, jax.eval_shape(tx.init, params), params
+    )
     text = lowered.compile({"xla_llvm_disable_expensive_passes": True}).as_text()
     bodies = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
     count, name = 0, ""
@@ -84,7 +93,7 @@ def test_what_a_state_holds():
 
 MADE = {
     "adamw": aj.adamw,
-    "chain": lambda rate: aj.chain(optax.clip(1.0), aj.adamw(rate), aj.cautious()),
+    "chain": lambda rate: aj.chain(optax.clip(1.0), aj.adamw(rate), aj.stages.cautious()),
     "skip": lambda rate: aj.skip_nonfinite(aj.adamw(rate)),
     "observe": lambda rate: aj.observe(aj.skip_spikes(aj.adamw(rate))),
     "rounding": lambda rate: aj.chain(aj.adamw(rate, storage="8bit"), aj.round_stochastically()),
@@ -92,7 +101,9 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("rate", [0.5, FADING, settable(0.5)], ids=["number", "schedule", "settable"])
+@pytest.mark.parametrize(
+    "rate", [0.5, FADING, settable(0.5)], ids=["number", "schedule", "settable"]
+)
 def test_names_do_not_depend_on_wrappers(name, rate):
     tx = MADE[name](rate)
     found = aj.hyperparameters(tx.init(PARAMS), tx)
@@ -107,7 +118,7 @@ def test_names_of_groups_and_of_what_occurs_twice():
     assert (found["head/learning_rate"], found["default/learning_rate"]) == (0.125, 0.25)
     nested = aj.by_path({".*": inner}, "frozen")
     assert ".*/head/learning_rate" in aj.hyperparameters(nested.init(PARAMS), nested)
-    tx = aj.chain(aj.adam(0.25), aj.track_moments(0.5, None, mu_rule="sum"), aj.take_mu())
+    tx = aj.chain(aj.adam(0.25), aj.track_moments(0.5, None, mu_rule="sum"), aj.stages.take_mu())
     found = aj.hyperparameters(tx.init(PARAMS), tx)
     assert (found["b1"], found["b1#1"]) == (jnp.float32(0.9), 0.5)
 
@@ -133,20 +144,35 @@ def test_behind_a_wrapper_of_optax(name, standard_promotion):
 def test_a_set_value_is_the_one_that_is_used():
     tx = aj.skip_nonfinite(aj.adam(settable(0.5), eps=settable(0.0)))
     _, state = go_on(tx, tx.init(PARAMS), 3)
-    for new in (aj.set_hyperparameters(state, tx, learning_rate=0.25), optax.tree.set(state, learning_rate=jnp.float32(0.25))):
+    for new in (
+        aj.set_hyperparameters(state, tx, learning_rate=0.25),
+        optax.tree.set(state, learning_rate=jnp.float32(0.25)),
+    ):
         assert aj.hyperparameters(new, tx)["learning_rate"] == 0.25
         same(go_on(tx, new)[0], jax.tree.map(lambda x: x / 2, go_on(tx, state)[0]))
     assert aj.hyperparameters(go_on(tx, new)[1], tx)["learning_rate"] == 0.25
 
 
-@pytest.mark.parametrize("argument", ["b1", "b2", "eps", "eps_root", "weight_decay", "learning_rate"])
+@pytest.mark.parametrize(
+    "argument", ["b1", "b2", "eps", "eps_root", "weight_decay", "learning_rate"]
+)
 def test_a_settable_value_is_as_a_traced_one(argument):
     """The same operations on the same numbers, so the same bits."""
-    numbers = {"learning_rate": 0.5, "b1": 0.75, "b2": 0.5, "eps": 0.125, "eps_root": 0.25, "weight_decay": 0.0625}
+    numbers = {
+        "learning_rate": 0.5,
+        "b1": 0.75,
+        "b2": 0.5,
+        "eps": 0.125,
+        "eps_root": 0.25,
+        "weight_decay": 0.0625,
+    }
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def both(value):
-        made = aj.adamw(**numbers | {argument: value}), aj.adamw(**numbers | {argument: settable(value)})
+        made = (
+            aj.adamw(**numbers | {argument: value}),
+            aj.adamw(**numbers | {argument: settable(value)}),
+        )
         return [go_on(tx, tx.init(PARAMS), 3)[0] for tx in made]
 
     traced, kept = both(numbers[argument])
@@ -167,14 +193,19 @@ def test_groups_are_set_together_or_alone():
     tx = aj.by_path({"head": {"learning_rate_multiplier": 0.5}}, aj.adam(settable(1.0)))
     state = tx.init(PARAMS)
     all_of_them = aj.hyperparameters(aj.set_hyperparameters(state, tx, learning_rate=0.25), tx)
-    assert (all_of_them["head/learning_rate"], all_of_them["default/learning_rate"]) == (0.125, 0.25)
+    assert (all_of_them["head/learning_rate"], all_of_them["default/learning_rate"]) == (
+        0.125,
+        0.25,
+    )
     one = aj.hyperparameters(aj.set_hyperparameters(state, tx, {"head/learning_rate": 0.25}), tx)
     assert (one["head/learning_rate"], one["default/learning_rate"]) == (0.125, 1.0)
 
 
 def test_one_of_two_that_have_one_name_is_set():
-    again = (aj.track_moments(settable(0.5), None, mu_rule="sum"), aj.take_mu())
-    tx = aj.chain(aj.track_moments(settable(0.9), None), *again[1:], *again, aj.scale_by_learning_rate(0.1))
+    again = (aj.track_moments(settable(0.5), None, mu_rule="sum"), aj.stages.take_mu())
+    tx = aj.chain(
+        aj.track_moments(settable(0.9), None), *again[1:], *again, aj.scale_by_learning_rate(0.1)
+    )
     state = tx.init(PARAMS)
     for name in ("b1", "b1#1"):
         used = aj.hyperparameters(aj.set_hyperparameters(state, tx, {name: 0.25}), tx)
@@ -182,7 +213,9 @@ def test_one_of_two_that_have_one_name_is_set():
 
 
 def test_nothing_is_compiled_again():
-    tx = aj.by_path({"head": {"learning_rate_multiplier": 0.5}}, aj.adam(settable(1.0), b2=settable(0.9)))
+    tx = aj.by_path(
+        {"head": {"learning_rate_multiplier": 0.5}}, aj.adam(settable(1.0), b2=settable(0.9))
+    )
     tx = aj.skip_nonfinite(tx)
     traced = []
 
@@ -208,15 +241,25 @@ def test_saved_and_carried_over():
     with jax.numpy_dtype_promotion("standard"):
         theirs = optax.inject_hyperparams(optax.adam)(1.0)
         injected = go_on(theirs, theirs.init(PARAMS))[1]
-    injected = injected._replace(hyperparams=injected.hyperparams | {"learning_rate": jnp.float32(0.125)})
-    assert aj.hyperparameters(aj.from_optax(injected, tx, PARAMS), tx)["learning_rate"] == 0.125
+    injected = injected._replace(
+        hyperparams=injected.hyperparams | {"learning_rate": jnp.float32(0.125)}
+    )
+    assert (
+        aj.hyperparameters(aj.migrate.from_optax(injected, tx, PARAMS), tx)["learning_rate"]
+        == 0.125
+    )
 
 
 def test_what_cannot_be_set_is_not_there():
     tx = aj.adam(0.1)
     with pytest.raises(KeyError):
         optax.tree.set(tx.init(PARAMS), learning_rate=0.5)
-    with refused(ValueError, "set_hyperparameters: learning_rate is not settable in adam(", "settable(...)", "convert_state"):
+    with refused(
+        ValueError,
+        "set_hyperparameters: learning_rate is not settable in adam(",
+        "settable(...)",
+        "convert_state",
+    ):
         aj.set_hyperparameters(tx.init(PARAMS), tx, learning_rate=0.5)
     with refused(ValueError, "found 'rate'; expected one of b1, b2"):
         aj.set_hyperparameters(tx.init(PARAMS), tx, rate=0.5)
@@ -235,12 +278,19 @@ def test_what_cannot_be_set_is_not_there():
 
 
 def test_set_step_moves_schedules_and_nothing_else():
-    tx = aj.chain(aj.adamw(FADING, eps=optax.linear_schedule(0.0, 1.0, 10)), aj.clip_update_rms(FADING))
+    tx = aj.chain(
+        aj.adamw(FADING, eps=optax.linear_schedule(0.0, 1.0, 10)), aj.stages.clip_update_rms(FADING)
+    )
     _, state = go_on(tx, tx.init(PARAMS), 3)
     moved = aj.set_step(state, tx, 6)
-    same([x for x in jax.tree.leaves(moved) if x.dtype != jnp.int32], [x for x in jax.tree.leaves(state) if x.dtype != jnp.int32])
+    same(
+        [x for x in jax.tree.leaves(moved) if x.dtype != jnp.int32],
+        [x for x in jax.tree.leaves(state) if x.dtype != jnp.int32],
+    )
     used = aj.hyperparameters(go_on(tx, moved)[1], tx)
-    np.testing.assert_allclose([used["learning_rate"], used["eps"], used["threshold"]], [0.4, 0.6, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(
+        [used["learning_rate"], used["eps"], used["threshold"]], [0.4, 0.6, 0.4], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""`state_shardings`: every array of a state where it belongs, by rules that can be read here; then real steps on eight devices.
+"""`state_shardings`: every array of a state where it belongs, by rules that can be read here; then
+real steps on eight devices.
 
-The rules need no devices: an abstract mesh is enough. Everything else one process with eight devices that are this machine's CPU
-does at once, and prints what it found: this file, as a script.
+The rules need no devices: an abstract mesh is enough. Everything else one process with eight
+devices that are this machine's CPU does at once, and prints what it found: this file, as a script.
 """
 
 import collections
@@ -23,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adam_jax as aj
-from adam_jax._codec import unpack
+from adam_jax.storage.codec import unpack
 
 MEMBERS = aj.family.__all__
 STORAGES = ("float32", "bfloat16", "8bit")
@@ -32,7 +33,11 @@ SOME = ("adam", "lamb", "adam_mini", "ademamix", "adopt")
 
 def mesh_of(mode="Auto", **axes):
     """An abstract mesh."""
-    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(getattr(jax.sharding.AxisType, mode),) * len(axes))
+    return AbstractMesh(
+        tuple(axes.values()),
+        tuple(axes),
+        axis_types=(getattr(jax.sharding.AxisType, mode),) * len(axes),
+    )
 
 
 MESH = mesh_of(data=4, model=2)
@@ -68,7 +73,9 @@ def test_moments_follow_their_parameter_and_all_else_is_everywhere(member):
     made = aj.state_shardings(tx, PARAMS, specs_of, mesh=MESH)
     shapes = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.structure(made) == jax.tree.structure(shapes)
-    for (path, its), leaf in zip(jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(shapes), strict=True):
+    for (path, its), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(shapes), strict=True
+    ):
         place = jax.tree_util.keystr(path)
         whole = {"['w']": (16, 8), "['deep'][0]": (3, 6, 10)}
         owner = next((name for name in whole if place.endswith(name)), None)
@@ -81,7 +88,9 @@ def test_moments_follow_their_parameter_and_all_else_is_everywhere(member):
 
 
 def test_a_block_shares_what_is_not_cut():
-    """ν of a block has one row: cut along the columns it follows, cut along the rows it is everywhere."""
+    """ν of a block has one row: cut along the columns it follows, cut along the rows it is
+    everywhere.
+    """
     tx = aj.adam_mini(0.1)
     columns = specs(aj.state_shardings(tx, EVEN, {"w": P(None, "model"), "b": P()}, mesh=MESH))
     rows = specs(aj.state_shardings(tx, EVEN, {"w": P("model"), "b": P()}, mesh=MESH))
@@ -121,18 +130,24 @@ def test_zero_cuts_along_the_first_axis_that_is_whole_and_divides():
 def test_zero_over_two_axes_and_over_what_the_parameters_leave():
     made = specs(aj.state_shardings(aj.adam(0.1), EVEN, P(), mesh=MESH, zero=("data", "model")))
     assert at(made, "mu['w']") == at(made, "nu['b']") == [(("data", "model"),)]
-    made = specs(aj.state_shardings(aj.adam(0.1), EVEN, {"w": P(None, "data"), "b": P()}, mesh=MESH, zero=("data", "model")))
+    made = specs(
+        aj.state_shardings(
+            aj.adam(0.1), EVEN, {"w": P(None, "data"), "b": P()}, mesh=MESH, zero=("data", "model")
+        )
+    )
     assert at(made, "mu['w']") == [("model", "data")]
 
 
 def test_all_arrays_of_a_parameter_are_cut_alike():
-    """Along the columns, for the rows of adam_mini's ν are one: μ and ν of one element are then on one device."""
+    """Along the columns, for the rows of adam_mini's ν are one: μ and ν of one element are then on
+    one device.
+    """
     made = specs(aj.state_shardings(aj.adam_mini(0.1), EVEN, P(), mesh=MESH, zero="data"))
     assert at(made, "mu['w']") == at(made, "nu['w']") == [(None, "data")]
 
 
 def test_zero_shares_out_the_state_of_rounding_and_averages_too():
-    tx = aj.chain(aj.adam(0.1, storage="8bit"), aj.compensate(), aj.average_parameters(0.9))
+    tx = aj.chain(aj.adam(0.1, storage="8bit"), aj.compensate(), aj.stages.average_parameters(0.9))
     half = {"w": jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)}
     made = specs(aj.state_shardings(tx, half, P(), mesh=MESH, zero="data"))
     assert at(made, "['w']") == [("data",)] * 6
@@ -140,13 +155,23 @@ def test_zero_shares_out_the_state_of_rounding_and_averages_too():
 
 
 def test_scales_are_sharded_as_their_rows_are():
-    """Where the axis that shares a scale is cut, each device has the scale; one scale per leaf is on every device."""
+    """Where the axis that shares a scale is cut, each device has the scale; one scale per leaf is
+    on every device.
+    """
     shapes = {"rows": (32, 256), "heads": (16, 4, 64), "short": (128, 64), "vector": (4096,)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    for tx in (aj.adam(0.1, storage="8bit"), optax.chain(aj.skip_nonfinite(aj.adam(0.1, storage="8bit")))):
+    for tx in (
+        aj.adam(0.1, storage="8bit"),
+        optax.chain(aj.skip_nonfinite(aj.adam(0.1, storage="8bit"))),
+    ):
         first = specs(aj.state_shardings(tx, params, P("data"), mesh=MESH))
         last = specs(
-            aj.state_shardings(tx, params, {n: P(*[None] * (len(shape) - 1), "data") for n, shape in shapes.items()}, mesh=MESH)
+            aj.state_shardings(
+                tx,
+                params,
+                {n: P(*[None] * (len(shape) - 1), "data") for n, shape in shapes.items()},
+                mesh=MESH,
+            )
         )
         for name in shapes:
             cut = ("data",) if name in ("rows", "heads") else ()
@@ -161,12 +186,16 @@ def test_scales_find_their_parameter_in_flax_boxes():
     tx = aj.adam(0.1, storage="8bit")
     made = aj.state_shardings(tx, boxed, P("data"), mesh=MESH)
     assert at(specs(made), "scale") == [("data",)] * 2
-    assert [type(leaf) for leaf in jax.tree.leaves(tx.init(boxed)[0].scales)] == [type(jnp.zeros(()))] * 2
+    assert [type(leaf) for leaf in jax.tree.leaves(tx.init(boxed)[0].scales)] == [
+        type(jnp.zeros(()))
+    ] * 2
 
 
 def test_what_cannot_be_cut_is_said():
     with pytest.warns(UserWarning, match="divides by the 4 devices") as caught:
-        made = aj.state_shardings(aj.adam(0.1), PARAMS, SPECS | {"deep": [P()]}, mesh=MESH, zero="data")
+        made = aj.state_shardings(
+            aj.adam(0.1), PARAMS, SPECS | {"deep": [P()]}, mesh=MESH, zero="data"
+        )
     (said,) = (str(warning.message) for warning in caught)
     assert all(f"{moment}['deep'][0] (3, 6, 10)" in said for moment in ("mu", "nu"))
     assert "['w']" not in said
@@ -189,10 +218,14 @@ def foreign():
     yield "adafactor", optax.adafactor(0.1, min_dim_size_to_factor=4), 1
 
 
-@pytest.mark.parametrize(("name", "tx", "arrays"), list(foreign()), ids=[name for name, *_ in foreign()])
+@pytest.mark.parametrize(
+    ("name", "tx", "arrays"), list(foreign()), ids=[name for name, *_ in foreign()]
+)
 @pytest.mark.usefixtures("standard_promotion")
 def test_states_of_others(name, tx, arrays):
-    """How many of their arrays are a parameter's; of a factored ν, rows and columns are no parameter's."""
+    """How many of their arrays are a parameter's; of a factored ν, rows and columns are no
+    parameter's.
+    """
     made = specs(aj.state_shardings(tx, EVEN, {"w": P("data"), "b": P("data")}, mesh=MESH))
     cut = {path: spec for path, spec in made.items() if spec}
     assert set(cut.values()) == {("data",)}
@@ -206,22 +239,36 @@ def test_shardings_may_be_one_or_a_prefix_or_those_of_the_arrays():
     assert set(specs(everywhere).values()) == {()}
     whole = {"w": P("data"), "deep": [P()], "b": P(), "n": P()}
     prefix = {"w": P("data"), "deep": P(), "b": P(), "n": P()}
-    assert specs(aj.state_shardings(tx, PARAMS, whole, mesh=MESH)) == specs(aj.state_shardings(tx, PARAMS, prefix, mesh=MESH))
-    placed = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=NamedSharding(MESH, P("data"))), EVEN)
-    assert specs(aj.state_shardings(tx, placed, None)) == specs(aj.state_shardings(tx, EVEN, P("data"), mesh=MESH))
+    assert specs(aj.state_shardings(tx, PARAMS, whole, mesh=MESH)) == specs(
+        aj.state_shardings(tx, PARAMS, prefix, mesh=MESH)
+    )
+    placed = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=NamedSharding(MESH, P("data"))),
+        EVEN,
+    )
+    assert specs(aj.state_shardings(tx, placed, None)) == specs(
+        aj.state_shardings(tx, EVEN, P("data"), mesh=MESH)
+    )
     leaf = jax.ShapeDtypeStruct((16, 8), jnp.float32)
     assert at(specs(aj.state_shardings(tx, leaf, P("data"), mesh=MESH)), ".mu") == [("data",)]
 
 
 def test_a_single_array_owns_its_moments_alone():
-    """By its path, which is empty, every array would end in it; weights and rings of its shape are not its."""
+    """By its path, which is empty, every array would end in it; weights and rings of its shape are
+    not its.
+    """
     for shape, own in (((2, 2), 2), ((128,), 2), ((), 0)):
         leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            made = aj.state_shardings(aj.skip_spikes(aj.adam(0.1)), leaf, P(), mesh=mesh_of(data=2), zero="data")
+            made = aj.state_shardings(
+                aj.skip_spikes(aj.adam(0.1)), leaf, P(), mesh=mesh_of(data=2), zero="data"
+            )
         assert len(list(filter(None, specs(made).values()))) == own
-    named = {"b1": jax.ShapeDtypeStruct((4,), jnp.float32), "weight": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
+    named = {
+        "b1": jax.ShapeDtypeStruct((4,), jnp.float32),
+        "weight": jax.ShapeDtypeStruct((4, 4), jnp.float32),
+    }
     module = collections.namedtuple("Module", named)(**named)
     for tree in (named, module):
         made = specs(aj.state_shardings(aj.adam(0.1), tree, P("data"), mesh=MESH))
@@ -232,19 +279,35 @@ def test_along_explicit_axes_nothing_is_cut_twice():
     """JAX would refuse to add a gradient that is cut otherwise."""
     mesh = mesh_of("Explicit", data=4, model=2)
     with pytest.warns(UserWarning, match="nu"):
-        made = specs(aj.state_shardings(aj.adam_mini(0.1), EVEN, {"w": P(None, "model"), "b": P()}, mesh=mesh, zero="data"))
+        made = specs(
+            aj.state_shardings(
+                aj.adam_mini(0.1), EVEN, {"w": P(None, "model"), "b": P()}, mesh=mesh, zero="data"
+            )
+        )
     assert (at(made, "mu['w']"), at(made, "nu['w']")) == ([("data", "model")], [(None, "model")])
 
 
 REFUSED = {
-    "no transformation": (lambda: aj.state_shardings(aj.adam, EVEN, P()), TypeError, "expected a gradient transformation"),
-    "no mesh": (lambda: aj.state_shardings(aj.adam(0.1), EVEN, P()), ValueError, "as mesh=, or by jax.set_mesh"),
+    "no transformation": (
+        lambda: aj.state_shardings(aj.adam, EVEN, P()),
+        TypeError,
+        "expected a gradient transformation",
+    ),
+    "no mesh": (
+        lambda: aj.state_shardings(aj.adam(0.1), EVEN, P()),
+        ValueError,
+        "as mesh=, or by jax.set_mesh",
+    ),
     "no sharding": (
         lambda: aj.state_shardings(aj.adam(0.1), EVEN, {"w": "data", "b": P()}, mesh=MESH),
         TypeError,
         "['w'] found 'data'",
     ),
-    "no arrays": (lambda: aj.state_shardings(aj.adam(0.1), {"w": np.ones(3)}, None), TypeError, "['w'] found None"),
+    "no arrays": (
+        lambda: aj.state_shardings(aj.adam(0.1), {"w": np.ones(3)}, None),
+        TypeError,
+        "['w'] found None",
+    ),
     "another tree": (
         lambda: aj.state_shardings(aj.adam(0.1), EVEN, {"w": P()}, mesh=MESH),
         ValueError,
@@ -270,10 +333,20 @@ REFUSED = {
         ValueError,
         "several different ones",
     ),
-    "no mesh at all": (lambda: aj.state_shardings(aj.adam(0.1), EVEN, P(), mesh="data"), TypeError, "mesh: found 'data'"),
-    "unconstrained": (lambda: aj.state_shardings(aj.adam(0.1), EVEN, P(P.UNCONSTRAINED), mesh=MESH), ValueError, "UNCONSTRAINED"),
+    "no mesh at all": (
+        lambda: aj.state_shardings(aj.adam(0.1), EVEN, P(), mesh="data"),
+        TypeError,
+        "mesh: found 'data'",
+    ),
+    "unconstrained": (
+        lambda: aj.state_shardings(aj.adam(0.1), EVEN, P(P.UNCONSTRAINED), mesh=MESH),
+        ValueError,
+        "UNCONSTRAINED",
+    ),
     "two meshes": (
-        lambda: aj.state_shardings(aj.adam(0.1), EVEN, NamedSharding(mesh_of(data=2), P()), mesh=MESH),
+        lambda: aj.state_shardings(
+            aj.adam(0.1), EVEN, NamedSharding(mesh_of(data=2), P()), mesh=MESH
+        ),
         ValueError,
         "found 2 meshes",
     ),
@@ -296,7 +369,9 @@ def on_eight_devices(*arguments):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", __file__, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -340,15 +415,21 @@ LAYOUTS = {
 
 
 def same_on_any_mesh(found, members):
-    """Whether each member met three of the five layouts, in another storage each time, and was the same bit for bit."""
+    """Whether each member met three of the five layouts, in another storage each time, and was the
+    same bit for bit.
+    """
     for turn, layout in enumerate(LAYOUTS):
-        expected = {name: [] for i, name in enumerate(members) if (i + turn) % len(LAYOUTS) < len(STORAGES)}
+        expected = {
+            name: [] for i, name in enumerate(members) if (i + turn) % len(LAYOUTS) < len(STORAGES)
+        }
         assert found[layout] == expected
         assert expected
 
 
 def test_members_take_the_same_steps_on_any_mesh(found):
-    """Fed the same gradients, parameters and state are those of one device, also of members that need whole leaves."""
+    """Fed the same gradients, parameters and state are those of one device, also of members that
+    need whole leaves.
+    """
     same_on_any_mesh(found["same"], SOME)
 
 
@@ -366,9 +447,15 @@ def test_a_device_holds_its_share_of_the_state(found, name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_gradients_are_summed_once_and_parameters_gathered_once(found, name):
-    """All else that travels is a scalar: whether all gradients are finite. Rows, and so their scales, are on one device each."""
+    """All else that travels is a scalar: whether all gradients are finite.
+
+    Rows, and so their scales, are on one device each.
+    """
     moved, elements = found["steps"][name]["moved"], found["steps"][name]["elements"]
-    large = {kind: sorted(size for what, size in moved if what == kind and size > 16) for kind in ("all-reduce", "all-gather")}
+    large = {
+        kind: sorted(size for what, size in moved if what == kind and size > 16)
+        for kind in ("all-reduce", "all-gather")
+    }
     assert sum(large["all-reduce"]) == sum(large["all-gather"]) == elements
     small = [kind for kind, size in moved if size <= 16]
     assert set(small) <= {"all-reduce"}
@@ -386,14 +473,20 @@ def test_inside_shard_map_a_step_is_the_same(found):
 
 
 def test_inside_shard_map_devices_share_scales_and_verdicts(found):
-    """Along a row that is cut. They are those of one device within an octave: parts of an array have other random bits."""
+    """Along a row that is cut.
+
+    They are those of one device within an octave: parts of an array have other random bits.
+    """
     assert found["shard_map"]["scales differ"] == []
     assert found["shard_map"]["verdicts"] == [1] * 8
     assert found["shard_map"]["moved by poison"] == []
 
 
 KNOWN = hasattr(jax.core.ShapedArray, "vma") or hasattr(jax.core.ShapedArray, "manual_axis_type")
-"""Whether JAX tells along which axes an array is cut. Else rows on several devices share a scale, which is too large for some."""
+"""Whether JAX tells along which axes an array is cut.
+
+Else rows on several devices share a scale, which is too large for some.
+"""
 
 
 def apart(found, expected):
@@ -402,7 +495,8 @@ def apart(found, expected):
 
 
 MOVES = re.compile(
-    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|reduce-scatter|send|recv)(?:-start)?\("
+    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|"
+    r"reduce-scatter|send|recv)(?:-start)?\("
 )
 
 
@@ -421,13 +515,19 @@ def main():
     if sys.argv[1:]:
         sys.stdout.write(json.dumps(same_steps(MEMBERS)) + "\n")
         return
-    results = {"same": same_steps(SOME), "steps": {name: train(step) for name, step in STEPS.items()}, "shard_map": mapped()}
+    results = {
+        "same": same_steps(SOME),
+        "steps": {name: train(step) for name, step in STEPS.items()},
+        "shard_map": mapped(),
+    }
     sys.stdout.write(json.dumps(results) + "\n")
 
 
 def mesh_on(shape, names, mode="Auto"):
     devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
-    return jax.sharding.Mesh(devices, names, axis_types=(getattr(jax.sharding.AxisType, mode),) * len(shape))
+    return jax.sharding.Mesh(
+        devices, names, axis_types=(getattr(jax.sharding.AxisType, mode),) * len(shape)
+    )
 
 
 def apply(params, updates):
@@ -436,16 +536,27 @@ def apply(params, updates):
 
 
 def raw(tree):
-    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(x).tobytes()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def same_steps(members):
-    """Which arrays differ from those of one device after some steps, by layout and member: all members in one program."""
+    """Which arrays differ from those of one device after some steps, by layout and member: all
+    members in one program.
+    """
     draw = np.random.default_rng(0)
     shapes = {"w": (8, 16, 40), "b": (40,)}
-    start = {name: {k: draw.standard_normal(s).astype(np.float32) for k, s in shapes.items()} for name in members}
-    scale = lambda: 10.0 ** draw.integers(-3, 2)  # noqa: E731
-    course = [jax.tree.map(lambda x: (draw.standard_normal(x.shape) * scale()).astype(np.float32), start) for _ in range(4)]
+    start = {
+        name: {k: draw.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+        for name in members
+    }
+    scale = lambda: 10.0 ** draw.integers(-3, 2)
+    course = [
+        jax.tree.map(lambda x: (draw.standard_normal(x.shape) * scale()).astype(np.float32), start)
+        for _ in range(4)
+    ]
 
     def run(txs, place, states):
         params = place({name: start[name] for name in txs})
@@ -453,8 +564,13 @@ def same_steps(members):
         state = state if states is None else jax.device_put(state, states)
 
         def step(params, state, gradients):
-            made = {name: tx.update(gradients[name], state[name], params[name]) for name, tx in txs.items()}
-            return {k: apply(params[k], u) for k, (u, _) in made.items()}, {k: s for k, (_, s) in made.items()}
+            made = {
+                name: tx.update(gradients[name], state[name], params[name])
+                for name, tx in txs.items()
+            }
+            return {k: apply(params[k], u) for k, (u, _) in made.items()}, {
+                k: s for k, (_, s) in made.items()
+            }
 
         placed = None if states is None else (jax.tree.map(lambda x: x.sharding, params), states)
         advance = jax.jit(step, out_shardings=placed)
@@ -462,8 +578,14 @@ def same_steps(members):
             params, state = advance(params, state, place({name: gradients[name] for name in txs}))
         return {name: raw((params[name], state[name])) for name in txs}
 
-    made = {storage: {name: getattr(aj, name)(1e-2, storage=storage) for name in members} for storage in STORAGES}
-    alone = {storage: run(txs, lambda tree: jax.tree.map(jnp.asarray, tree), None) for storage, txs in made.items()}
+    made = {
+        storage: {name: getattr(aj, name)(1e-2, storage=storage) for name in members}
+        for storage in STORAGES
+    }
+    alone = {
+        storage: run(txs, lambda tree: jax.tree.map(jnp.asarray, tree), None)
+        for storage, txs in made.items()
+    }
     found = {}
     for turn, (layout, ((first, count, second), zero)) in enumerate(LAYOUTS.items()):
         turns = {name: (i + turn) % len(LAYOUTS) for i, name in enumerate(members)}
@@ -472,13 +594,22 @@ def same_steps(members):
         names = (first, second) if second else (first,)
         mesh = mesh_on((count, 2) if second else (count,), names)
         model = "model" if "model" in names else None
-        shardings = {name: {"w": NamedSharding(mesh, P(None, model)), "b": NamedSharding(mesh, P())} for name in txs}
+        shardings = {
+            name: {"w": NamedSharding(mesh, P(None, model)), "b": NamedSharding(mesh, P())}
+            for name in txs
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            states = {name: aj.state_shardings(tx, start[name], shardings[name], zero=zero) for name, tx in txs.items()}
+            states = {
+                name: aj.state_shardings(tx, start[name], shardings[name], zero=zero)
+                for name, tx in txs.items()
+            }
         cut = run(txs, lambda tree, to=shardings: jax.device_put(tree, to), states)
         expected = {name: alone[storage][name] for name, storage in storage_of.items()}
-        found[layout] = {name: [path for path, bits in its.items() if cut[name][path] != bits] for name, its in expected.items()}
+        found[layout] = {
+            name: [path for path, bits in its.items() if cut[name][path] != bits]
+            for name, its in expected.items()
+        }
     return found
 
 
@@ -490,9 +621,15 @@ def train(how):
     tx = aj.chain(tx, getattr(aj, how.link)()) if how.link else tx
     tx = aj.skip_nonfinite(tx) if how.guarded else tx
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    params = {"w1": jnp.ones((64, 256), dtype), "b1": jnp.ones((256,), dtype), "w2": jnp.ones((256, 128), dtype)}
+    params = {
+        "w1": jnp.ones((64, 256), dtype),
+        "b1": jnp.ones((256,), dtype),
+        "w2": jnp.ones((256, 128), dtype),
+    }
     params = jax.device_put(params, everywhere)
-    images = jax.device_put(jnp.linspace(-1, 1, 32 * 64, dtype=jnp.float32).reshape(32, 64).astype(dtype), split)
+    images = jax.device_put(
+        jnp.linspace(-1, 1, 32 * 64, dtype=jnp.float32).reshape(32, 64).astype(dtype), split
+    )
     shardings = aj.state_shardings(tx, params, everywhere, zero="data")
     context = jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
 
@@ -507,15 +644,26 @@ def train(how):
     with context:
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         placed = (jax.tree.map(lambda _: everywhere, params), shardings)
-        compiled = jax.jit(step, out_shardings=placed, donate_argnums=(0, 1)).lower(params, state, images).compile()
+        compiled = (
+            jax.jit(step, out_shardings=placed, donate_argnums=(0, 1))
+            .lower(params, state, images)
+            .compile()
+        )
         params, state = compiled(params, state, images)
     leaves = jax.tree.leaves(state)
-    per_device = [sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == d) for d in jax.devices()]
+    per_device = [
+        sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == d)
+        for d in jax.devices()
+    ]
     after = jax.tree_util.tree_leaves_with_path((params, state))
     return {
         "moved": moves(compiled.as_text()),
         "elements": sum(p.size for p in jax.tree.leaves(params)),
-        "bytes": [sum(leaf.nbytes for leaf in leaves), sum(leaf.nbytes for leaf in leaves if leaf.size < 64), per_device],
+        "bytes": [
+            sum(leaf.nbytes for leaf in leaves),
+            sum(leaf.nbytes for leaf in leaves if leaf.size < 64),
+            per_device,
+        ],
         "away": [
             jax.tree_util.keystr(path)
             for (path, leaf), where in zip(after, jax.tree.leaves(placed), strict=True)
@@ -531,8 +679,13 @@ def mapped():
     else:
         from jax.experimental.shard_map import shard_map
     mesh = mesh_on((8,), ("data",))
-    params = {"w": jnp.linspace(-1, 1, 64 * 256, dtype=jnp.float32).reshape(64, 256), "b": jnp.ones(256, jnp.float32)}
-    params["columns"] = params["w"].T.reshape(16, 1024) * 10.0 ** jnp.arange(-8, 8, dtype=jnp.float32)[:, None]
+    params = {
+        "w": jnp.linspace(-1, 1, 64 * 256, dtype=jnp.float32).reshape(64, 256),
+        "b": jnp.ones(256, jnp.float32),
+    }
+    params["columns"] = (
+        params["w"].T.reshape(16, 1024) * 10.0 ** jnp.arange(-8, 8, dtype=jnp.float32)[:, None]
+    )
     cut = {"w": P("data"), "b": P("data"), "columns": P(None, "data")}
     gradients = jax.tree.map(lambda p: 0.3 * p + 0.1, params)
     poison = gradients | {"w": gradients["w"].at[-1, -1].set(jnp.nan)}  # on the last device alone
@@ -547,7 +700,9 @@ def mapped():
             return apply(params, updates), state
 
         whole = jax.jit(step)
-        parts = jax.jit(shard_map(step, mesh=mesh, in_specs=(cut, spec, cut), out_specs=(cut, spec)))
+        parts = jax.jit(
+            shard_map(step, mesh=mesh, in_specs=(cut, spec, cut), out_specs=(cut, spec))
+        )
         one = two = (params, tx.init(params))
         for _ in range(5):
             one, two = whole(*one, gradients), parts(*two, gradients)
@@ -557,10 +712,15 @@ def mapped():
         results["scales differ"] = [
             jax.tree_util.keystr(path)
             for (path, cut), expected in zip(
-                jax.tree_util.tree_leaves_with_path(units[1]), jax.tree.leaves(units[0]), strict=True
+                jax.tree_util.tree_leaves_with_path(units[1]),
+                jax.tree.leaves(units[0]),
+                strict=True,
             )
             if not all(d.min() >= -1 and (d.max() <= 1 or not KNOWN) for d in apart(cut, expected))
-            or not all((np.asarray(s.data) == np.asarray(cut)[s.index]).all() for s in cut.addressable_shards)
+            or not all(
+                (np.asarray(s.data) == np.asarray(cut)[s.index]).all()
+                for s in cut.addressable_shards
+            )
         ]
         sick = parts(*two, poison)
         results["verdicts"] = [int(np.asarray(s.data)) for s in sick[1].skipped.addressable_shards]

@@ -1,4 +1,5 @@
-"""Whatever tree the parameters are: the state keeps its types, every leaf fares as it would alone, and dtypes stay their own.
+"""Whatever tree the parameters are: the state keeps its types, every leaf fares as it would alone,
+and dtypes stay their own.
 
 The oracle is the same member on the same leaf, bare or in a plain list.
 """
@@ -68,7 +69,10 @@ def draw(shape, dtype=jnp.float32, seed=0):
 
 
 def walk(tx, params, grads, steps=3, update=None):
-    """Steps along gradients that grow: -> (params, updates, state). The state never changes its types."""
+    """Steps along gradients that grow: -> (params, updates, state).
+
+    The state never changes its types.
+    """
     state = tx.init(params)
     expected = avals(jax.eval_shape(tx.init, params))
     for i in range(1, steps + 1):
@@ -92,7 +96,9 @@ def scanned(tx, params, grads, steps=3):
         updates, state = tx.update(jax.tree.map(functools.partial(scale, i), grads), state, params)
         return (optax.apply_updates(params, updates), state), updates
 
-    (params, state), updates = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(1, steps + 1))
+    (params, state), updates = jax.lax.scan(
+        step, (params, tx.init(params)), jnp.arange(1, steps + 1)
+    )
     return params, jax.tree.map(lambda each: each[-1], updates), state
 
 
@@ -100,11 +106,19 @@ MEMBERS = {name: getattr(adam_jax, name) for name in adam_jax.family.__all__}
 
 
 def together(run):
-    """By name: `run(tx)` of every member, all in one program, which compiles several times faster than one for each."""
-    return jax.jit(lambda: {name: run(member(0.1)) for name, member in MEMBERS.items()}, compiler_options=QUICKLY)()
+    """By name:
+
+    `run(tx)` of every member, all in one program, which compiles several times faster than one for
+    each.
+    """
+    return jax.jit(
+        lambda: {name: run(member(0.1)) for name, member in MEMBERS.items()},
+        compiler_options=QUICKLY,
+    )()
 
 
-# A quarter of all pairs: every member meets three or four kinds, and every kind four or five members.
+# A quarter of all pairs: every member meets three or four kinds, and every kind four or five
+# members.
 PAIRS = [(name, kind) for i, name in enumerate(MEMBERS) for kind in list(KINDS)[i % 4 :: 4]]
 
 
@@ -121,7 +135,11 @@ def test_the_kind_of_tree_makes_no_difference(name, kind, agree):
     found, updates, _ = walk(MEMBERS[name](0.1), params, grads)
     assert jax.tree.structure(found) == jax.tree.structure(updates) == jax.tree.structure(params)
     assert avals(found) == avals(params)
-    agree(jax.tree.leaves(found), listed(name, tuple(leaf.shape for leaf in jax.tree.leaves(params))), rtol=1e-6)
+    agree(
+        jax.tree.leaves(found),
+        listed(name, tuple(leaf.shape for leaf in jax.tree.leaves(params))),
+        rtol=1e-6,
+    )
 
 
 LEAVES = {
@@ -139,12 +157,16 @@ LEAVES = {
 
 @functools.cache
 def fares():
-    """How often a step of all members was traced for three steps; by member: the leaves in one tree, and some alone.
+    """How often a step of all members was traced for three steps; by member: the leaves in one
+    tree, and some alone.
 
     They are a third for each member: every leaf is alone with five or six members.
     """
     lone = {name: list(LEAVES)[i % 3 :: 3] for i, name in enumerate(MEMBERS)}
-    grads, traces = {name: draw(leaf.shape, leaf.dtype, seed=5) for name, leaf in LEAVES.items()}, []
+    grads, traces = (
+        {name: draw(leaf.shape, leaf.dtype, seed=5) for name, leaf in LEAVES.items()},
+        [],
+    )
     txs = {name: member(0.1) for name, member in MEMBERS.items()}
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -153,24 +175,35 @@ def fares():
 
         def move(tx, grads, params, state):
             updates, state = tx.update(grads, state, params)
-            return {"params": optax.apply_updates(params, updates), "updates": updates, "state": state}
+            return {
+                "params": optax.apply_updates(params, updates),
+                "updates": updates,
+                "state": state,
+            }
 
         return {
             name: {
                 "tree": move(tx, grads, params[name]["tree"], states[name]["tree"]),
-                "alone": {leaf: move(tx, grads[leaf], params[name][leaf], states[name][leaf]) for leaf in lone[name]},
+                "alone": {
+                    leaf: move(tx, grads[leaf], params[name][leaf], states[name][leaf])
+                    for leaf in lone[name]
+                },
             }
             for name, tx in txs.items()
         }
 
     params = {name: {"tree": LEAVES, **{leaf: LEAVES[leaf] for leaf in lone[name]}} for name in txs}
-    states = {name: {part: txs[name].init(its) for part, its in parts.items()} for name, parts in params.items()}
+    states = {
+        name: {part: txs[name].init(its) for part, its in parts.items()}
+        for name, parts in params.items()
+    }
     types = avals(states)
     for i in range(1, 4):
         found = step({name: scale(i, grad) for name, grad in grads.items()}, params, states)
         each = {name: {"tree": its["tree"], **its["alone"]} for name, its in found.items()}
         params, states = (
-            {name: {leaf: of[part] for leaf, of in its.items()} for name, its in each.items()} for part in ("params", "state")
+            {name: {leaf: of[part] for leaf, of in its.items()} for name, its in each.items()}
+            for part in ("params", "state")
         )
         assert avals(states) == types
     return len(traces), found
@@ -184,7 +217,11 @@ def test_a_leaf_fares_as_it_would_alone_and_the_second_step_does_not_retrace(mem
     for name, its in alone.items():
         pair = tree["params"][name], its["params"]
         half = LEAVES[name].dtype.itemsize == 2
-        agree(*(x.astype(np.float32) if half else x for x in pair), rtol=1e-2 if half else 1e-5, atol=1e-6)
+        agree(
+            *(x.astype(np.float32) if half else x for x in pair),
+            rtol=1e-2 if half else 1e-5,
+            atol=1e-6,
+        )
 
 
 INTEGERS = {"steps": jnp.arange(3), "w": draw(3), "on": jnp.asarray([True, False])}
@@ -195,7 +232,9 @@ def beside_integers():
     """By member: a run with integers in the tree, and one with `w` alone."""
     grads = jax.grad(lambda params: jnp.sum(params["w"] ** 2), allow_int=True)(INTEGERS)
     assert grads["steps"].dtype == grads["on"].dtype == jax.dtypes.float0
-    return together(lambda tx: (scanned(tx, INTEGERS, grads), scanned(tx, INTEGERS["w"], grads["w"])))
+    return together(
+        lambda tx: (scanned(tx, INTEGERS, grads), scanned(tx, INTEGERS["w"], grads["w"]))
+    )
 
 
 def test_an_integer_leaf_has_no_state_and_stays(member, agree):
@@ -204,13 +243,18 @@ def test_an_integer_leaf_has_no_state_and_stays(member, agree):
     np.testing.assert_array_equal(updates["steps"], [0, 0, 0])
     np.testing.assert_array_equal(found["steps"], INTEGERS["steps"])
     np.testing.assert_array_equal(found["on"], INTEGERS["on"])
-    assert not any("steps" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+    assert not any(
+        "steps" in jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    )
     agree(found["w"], alone, rtol=1e-6)
 
 
 @functools.cache
 def turned(precision):
-    """By member: a complex parameter and a real one after four steps, and the complex one's last step."""
+    """By member: a complex parameter and a real one after four steps, and the complex one's last
+    step.
+    """
     start = draw((3, 2), float)
     turn = jnp.exp(1j * jnp.asarray(0.7))
 
@@ -221,7 +265,9 @@ def turned(precision):
         def body(carry, _):
             real, complex_, states = carry
             grads = (jax.grad(norm)(real), jnp.conj(jax.grad(norm)(complex_)))
-            (step, turned), states = zip(*map(tx.update, grads, states, (real, complex_)), strict=True)
+            (step, turned), states = zip(
+                *map(tx.update, grads, states, (real, complex_)), strict=True
+            )
             return (real + step, complex_ + turned, states), turned
 
         (real, complex_, _), steps = jax.lax.scan(body, (real, complex_, states), length=4)
@@ -232,11 +278,15 @@ def turned(precision):
 
 @pytest.mark.parametrize("precision", ["float32", "x64"])
 def test_turning_a_complex_plane_turns_the_path(member, precision, request, agree):
-    """ν sees |g|², so along a line through 0 at any angle a complex parameter goes the way of a real one."""
+    """ν sees |g|², so along a line through 0 at any angle a complex parameter goes the way of a
+    real one.
+    """
     if precision == "x64":
         request.getfixturevalue("x64")
     found, expected, step, closer = turned(precision)[member.__name__]
-    assert found.dtype == step.dtype == (jnp.complex64 if precision == "float32" else jnp.complex128)
+    assert (
+        found.dtype == step.dtype == (jnp.complex64 if precision == "float32" else jnp.complex128)
+    )
     assert closer
     agree(found, expected, rtol=1e-4 if precision == "float32" else 1e-10, atol=1e-6)
 
@@ -261,7 +311,9 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(member, dtype):
         expected, wide_state = tx.update(wide, wide_state, params.astype(jnp.float32))
         assert updates.dtype == dtype
         np.testing.assert_array_equal(updates, expected.astype(dtype))
-    if dtype == jnp.bfloat16:  # gradients in float32, as of a loss that widens its parameters itself
+    if (
+        dtype == jnp.bfloat16
+    ):  # gradients in float32, as of a loss that widens its parameters itself
         assert tx.update(wide, state, params)[0].dtype == jnp.float32
 
 
@@ -275,9 +327,13 @@ def narrow_runs():
 
 @functools.cache
 def runs_in_x64():
-    """By member, to be called with x64: a run of a float32 leaf, and one of it beside a float64 leaf."""
+    """By member, to be called with x64: a run of a float32 leaf, and one of it beside a float64
+    leaf.
+    """
     both = {"narrow": jnp.asarray(VALUES), "wide": jnp.asarray(VALUES, jnp.float64)}
-    return together(lambda tx: (scanned(tx, both["narrow"], both["narrow"]), scanned(tx, both, both)))
+    return together(
+        lambda tx: (scanned(tx, both["narrow"], both["narrow"]), scanned(tx, both, both))
+    )
 
 
 def test_x64_widens_float64_leaves_only(member, request, agree):
@@ -290,7 +346,9 @@ def test_x64_widens_float64_leaves_only(member, request, agree):
     assert updates["wide"].dtype == jnp.float64
     for path, leaf in jax.tree_util.tree_leaves_with_path(both):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            assert leaf.dtype == (jnp.float32 if "narrow" in jax.tree_util.keystr(path) else jnp.float64)
+            assert leaf.dtype == (
+                jnp.float32 if "narrow" in jax.tree_util.keystr(path) else jnp.float64
+            )
     agree(found["narrow"], without, rtol=1e-4)
     agree(found["wide"], np.asarray(without, "f8"), rtol=1e-4)
 
@@ -298,7 +356,10 @@ def test_x64_widens_float64_leaves_only(member, request, agree):
 @functools.cache
 def weak():
     """By member: the state from weakly typed parameters, and what a jitted step makes of it."""
-    params, txs = {"python": 1.5, "weak": jnp.asarray(1.5)}, {name: member(0.1) for name, member in MEMBERS.items()}
+    params, txs = (
+        {"python": 1.5, "weak": jnp.asarray(1.5)},
+        {name: member(0.1) for name, member in MEMBERS.items()},
+    )
     grads = jax.grad(lambda params: params["python"] ** 2 + params["weak"] ** 2)(params)
     states = {name: tx.init(params) for name, tx in txs.items()}
 
@@ -318,7 +379,9 @@ def test_weak_types_do_not_leak_into_the_state(member):
 
 
 def test_hundreds_of_leaves_are_one_array_in_pieces():
-    values, grads = (np.random.default_rng(seed).normal(size=(300, 3)).astype("f4") for seed in (0, 1))
+    values, grads = (
+        np.random.default_rng(seed).normal(size=(300, 3)).astype("f4") for seed in (0, 1)
+    )
     tx = adam_jax.adam(0.1)
     many = {f"{i:04}": row for i, row in enumerate(values)}
     state, update = tx.init(many), jax.jit(tx.update)
@@ -345,10 +408,18 @@ def test_a_complex_leaf_stays_wide_where_mu_is_narrow():
     assert (mu["c"].dtype, mu["w"].dtype) == (jnp.complex64, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("build", [adam_jax.scale_by_atan2, adam_jax.keep_maximum, adam_jax.center])
+@pytest.mark.parametrize(
+    "build", [adam_jax.stages.scale_by_atan2, adam_jax.stages.keep_maximum, adam_jax.stages.center]
+)
 def test_a_shared_nu_fits_every_stage(build):
-    middle = (build(),) if build is adam_jax.scale_by_atan2 else (build(), adam_jax.scale_by_moments())
-    tx = adam_jax.chain(adam_jax.track_moments(blocks="output"), *middle, adam_jax.scale_by_learning_rate(0.1))
+    middle = (
+        (build(),)
+        if build is adam_jax.stages.scale_by_atan2
+        else (build(), adam_jax.scale_by_moments())
+    )
+    tx = adam_jax.chain(
+        adam_jax.track_moments(blocks="output"), *middle, adam_jax.scale_by_learning_rate(0.1)
+    )
     params = jnp.ones((3, 2))
     state = tx.init(params)
     for _ in range(2):

@@ -1,4 +1,7 @@
-"""What frameworks have in common, and the family has not: their clipping, their Nadam's momentum, what they accumulate."""
+"""What frameworks have in common, and the family has not.
+
+Their clipping, their Nadam's momentum, what they accumulate.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax._apply import add_decayed_weights
-from adam_jax._bias import correct_bias, look_ahead
-from adam_jax._context import Context
-from adam_jax._hyperparams import Hyperparameter, Hyperparameters, cast, expect_one_of, increment
-from adam_jax._hyperparams import ScalarOrSchedule as Number
-from adam_jax._moments import Storage, track_moments
-from adam_jax._refine import keep_maximum
-from adam_jax._scale import ClipElementsState, clip_elements, scale_by_moments, take_mu
-from adam_jax._spec import Definition
-from adam_jax._sums import norm
-from adam_jax._transformation import Transformation, stage
-from adam_jax._tree import PyTree, lift, over, scalar_dtype, takes_part, times, widen
+from adam_jax._core.arithmetic import divide, multiply, widen
+from adam_jax._core.context import Context
+from adam_jax._core.decorators import stage
+from adam_jax._core.errors import expect_one_of
+from adam_jax._core.hyperparams import Hyperparameter, Hyperparameters, cast, increment
+from adam_jax._core.hyperparams import ScalarOrSchedule as Number
+from adam_jax._core.leaves import PyTree, scalar_dtype, takes_part
+from adam_jax._core.lift import lift
+from adam_jax._core.spec import Definition
+from adam_jax._core.sums import norm
+from adam_jax._core.transformation import Transformation
+from adam_jax.stages.bias import correct_bias, look_ahead
+from adam_jax.stages.decay import add_decayed_weights
+from adam_jax.stages.refine import keep_maximum
+from adam_jax.stages.scale import ClipElementsState, clip_elements, scale_by_moments, take_mu
+from adam_jax.stages.track import track_moments
+from adam_jax.storage.formats import Storage
 
 Stages = tuple[Transformation, ...]
 
@@ -30,12 +38,24 @@ def is_zero(value: Any) -> bool:
 
 
 def decays(weight_decay: Number | None) -> Stages:
-    """What adds the decay before the learning rate; nothing where there is none, so that `update` needs no parameters."""
-    return () if weight_decay is None or is_zero(weight_decay) else (add_decayed_weights(weight_decay),)
+    """What adds the decay before the learning rate.
+
+    Nothing where there is none, so that `update` needs no parameters.
+    """
+    return (
+        ()
+        if weight_decay is None or is_zero(weight_decay)
+        else (add_decayed_weights(weight_decay),)
+    )
 
 
-def adam_direction(b1: Number, b2: Number, eps: Number, amsgrad: bool, storage: Storage, *, correct_last: bool) -> Stages:
-    """Adam up to the learning rate; the maximum is that of the raw ν, as in every framework but Optax."""
+def adam_direction(
+    b1: Number, b2: Number, eps: Number, amsgrad: bool, storage: Storage, *, correct_last: bool
+) -> Stages:
+    """Adam up to the learning rate.
+
+    The maximum is that of the raw ν, as in every framework but Optax.
+    """
     expect_one_of("amsgrad", amsgrad, (True, False))
     return (
         track_moments(b1, b2, storage=storage),
@@ -46,7 +66,10 @@ def adam_direction(b1: Number, b2: Number, eps: Number, amsgrad: bool, storage: 
 
 
 def adamax_direction(b1: Number, b2: Number, eps: Number, storage: Storage) -> Stages:
-    """AdaMax up to the learning rate, with ε beside the maximum, where `family.adamax` has it inside."""
+    """AdaMax up to the learning rate, with ε beside the maximum.
+
+    Where `family.adamax` has it inside.
+    """
     return (
         track_moments(b1, b2, nu_rule="infinity", storage=storage),
         correct_bias(),
@@ -54,9 +77,16 @@ def adamax_direction(b1: Number, b2: Number, eps: Number, storage: Storage) -> S
     )
 
 
-def nadam_direction(b1: Number, b2: Number, eps: Number, momentum_decay: Number, storage: Storage) -> Stages:
-    """Nadam up to the learning rate, that averages with b1 and looks ahead with `WarmingMomentum`."""
-    momentum: Any = WarmingMomentum(b1, momentum_decay)  # mypy does not see that a tuple can be called
+def nadam_direction(
+    b1: Number, b2: Number, eps: Number, momentum_decay: Number, storage: Storage
+) -> Stages:
+    """Nadam up to the learning rate.
+
+    That averages with b1 and looks ahead with `WarmingMomentum`.
+    """
+    momentum: Any = WarmingMomentum(
+        b1, momentum_decay
+    )  # mypy does not see that a tuple can be called
     return (
         track_moments(b1, b2, storage=storage),
         look_ahead(momentum),
@@ -73,7 +103,10 @@ def accumulates(momentum: Number, storage: Storage, nesterov: bool = False) -> S
 
 
 class WarmingMomentum(NamedTuple):
-    """The schedule b1·(1 − ½·0.96^(t·decay)) at step t, from 1. A tuple, so that equal ones make equal transformations."""
+    """The schedule b1·(1 − ½·0.96^(t·decay)) at step t, from 1.
+
+    A tuple, so that equal ones make equal transformations.
+    """
 
     b1: Number
     decay: Number
@@ -96,11 +129,17 @@ class _Product(NamedTuple):
 
 
 def _values(count: Array, **numbers: Number) -> list[Array]:
-    return [cast(Hyperparameter(name, number).at(count), jnp.result_type(float)) for name, number in numbers.items()]
+    return [
+        cast(Hyperparameter(name, number).at(count), jnp.result_type(float))
+        for name, number in numbers.items()
+    ]
 
 
 def decays_by_rate(learning_rate: Number, weight_decay: Number | None) -> Stages:
-    """The step −learning_rate·weight_decay·params, for behind an accumulator of steps, which must not gather it."""
+    """The step −learning_rate·weight_decay·params, for behind an accumulator of steps.
+
+    Which must not gather it.
+    """
     if weight_decay is None or is_zero(weight_decay):
         return ()
     # The rate is in the product already; here it says on which side of it the stage stands.
@@ -108,7 +147,9 @@ def decays_by_rate(learning_rate: Number, weight_decay: Number | None) -> Stages
     return (add_decayed_weights(product, learning_rate=1.0),)
 
 
-def clips(clipnorm: Number | None, clipvalue: Number | None, global_clipnorm: Number | None) -> Stages:
+def clips(
+    clipnorm: Number | None, clipvalue: Number | None, global_clipnorm: Number | None
+) -> Stages:
     """The clipping of gradients that Keras' optimizers have built in, of which one may be used."""
     given = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
     used = [(name, limit) for name, limit in given.items() if limit is not None]
@@ -118,7 +159,10 @@ def clips(clipnorm: Number | None, clipvalue: Number | None, global_clipnorm: Nu
     for name, limit in used:
         Hyperparameter(name, limit, "(0, inf)")
     return tuple(
-        clip_elements(limit) if name == "clipvalue" else clip_norm(limit, whole=name == "global_clipnorm") for name, limit in used
+        clip_elements(limit)
+        if name == "clipvalue"
+        else clip_norm(limit, whole=name == "global_clipnorm")
+        for name, limit in used
     )
 
 
@@ -135,10 +179,16 @@ def clip_norm(limit: Number, *, whole: bool = False) -> Definition:
     def init(params: PyTree) -> ClipElementsState:
         return ClipElementsState(hypers.first_step(), hypers.kept(scalar_dtype(params)))
 
-    def update(updates: Any, state: ClipElementsState, params: Any, context: Context) -> tuple[PyTree, ClipElementsState]:
+    def update(
+        updates: Any, state: ClipElementsState, params: Any, context: Context
+    ) -> tuple[PyTree, ClipElementsState]:
         scalars = scalar_dtype(updates)
         most = cast(hypers["limit"].at(state.step, state.hyperparams), scalars)
-        sizes = [norm(widen(leaf)).astype(scalars) for leaf in jax.tree.leaves(updates) if takes_part(leaf)]
+        sizes = [
+            norm(widen(leaf)).astype(scalars)
+            for leaf in jax.tree.leaves(updates)
+            if takes_part(leaf)
+        ]
         if whole and sizes:
             sizes = [norm(jnp.stack(sizes))] * len(sizes)
         each = iter(sizes)
@@ -147,7 +197,9 @@ def clip_norm(limit: Number, *, whole: bool = False) -> Definition:
             size = next(each)
             above = size > most
             # One by one: their quotient may be subnormal.
-            return times(over(widen(update), jnp.where(above, size, 1)), jnp.where(above, most, 1))
+            return multiply(
+                divide(widen(update), jnp.where(above, size, 1)), jnp.where(above, most, 1)
+            )
 
         return lift(leaf, updates), state._replace(step=increment(state.step))
 

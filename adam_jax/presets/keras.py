@@ -1,22 +1,23 @@
-"""Keras 3's optimizers (`keras.optimizers`): ε̂ of the paper's efficient form, decoupled decay, clipping built in.
+"""Keras 3's optimizers (`keras.optimizers`).
 
-    g ← g·clipnorm / max(‖g‖, clipnorm)                                 of each leaf; global_clipnorm: of all together
+Ε̂ of the paper's efficient form, decoupled decay, clipping built in.
+
+    g ← g·clipnorm / max(‖g‖, clipnorm)   of each leaf; global_clipnorm: of all together
     g ← clip(g, −clipvalue, clipvalue)                                  at most one of the three
-    params ← params − learning_rate·weight_decay·params                 where weight_decay is not None
+    params ← params − learning_rate·weight_decay·params   where weight_decay is not None
 
-Decay and clipping are the same in all of them. Not here: `use_ema` (`average_parameters` is it with its bias corrected), loss
-scaling, gradient accumulation (`optax.MultiSteps`), and Lamb's `weight_decay`, which Keras subtracts before it takes the trust
-ratio.
+Decay and clipping are the same in all of them. Not here: `use_ema` (`average_parameters` is it with
+its bias corrected), loss scaling, gradient accumulation (`optax.MultiSteps`), and Lamb's
+`weight_decay`, which Keras subtracts before it takes the trust ratio.
 """
 
 from __future__ import annotations
 
 from adam_jax import family
-from adam_jax._apply import scale_by_learning_rate
-from adam_jax._chain import chain
-from adam_jax._hyperparams import ScalarOrSchedule as Number
-from adam_jax._moments import Storage
-from adam_jax._transformation import Transformation, recipe
+from adam_jax._core.chain import chain
+from adam_jax._core.decorators import recipe
+from adam_jax._core.hyperparams import ScalarOrSchedule as Number
+from adam_jax._core.transformation import Transformation
 from adam_jax.presets._parts import (
     accumulates,
     adam_direction,
@@ -27,6 +28,8 @@ from adam_jax.presets._parts import (
     is_zero,
     nadam_direction,
 )
+from adam_jax.stages.learning_rate import scale_by_learning_rate
+from adam_jax.storage.formats import Storage
 
 __all__ = ["adam", "adamw", "adamax", "nadam", "rmsprop", "lamb", "sgd"]
 
@@ -36,9 +39,10 @@ __all__ = ["adam", "adamw", "adamax", "nadam", "rmsprop", "lamb", "sgd"]
 
 @recipe
 def adam(
-    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number = 1e-7, amsgrad: bool = False,
-    weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number | None = None,
-    global_clipnorm: Number | None = None, *, storage: Storage = "float32"
+    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
+    1e-7, amsgrad: bool = False, weight_decay: Number | None = None, clipnorm: Number | None = None,
+    clipvalue: Number | None = None, global_clipnorm: Number | None = None, *, storage: Storage =
+    "float32"
 ) -> Transformation:
     """`keras.optimizers.Adam`.
 
@@ -58,24 +62,26 @@ def adam(
 
 @recipe
 def adamw(
-    learning_rate: Number = 0.001, weight_decay: Number = 0.004, beta_1: Number = 0.9, beta_2: Number = 0.999,
-    epsilon: Number = 1e-7, amsgrad: bool = False, clipnorm: Number | None = None, clipvalue: Number | None = None,
-    global_clipnorm: Number | None = None, *, storage: Storage = "float32"
+    learning_rate: Number = 0.001, weight_decay: Number = 0.004, beta_1: Number = 0.9, beta_2:
+    Number = 0.999, epsilon: Number = 1e-7, amsgrad: bool = False, clipnorm: Number | None = None,
+    clipvalue: Number | None = None, global_clipnorm: Number | None = None, *, storage: Storage =
+    "float32"
 ) -> Transformation:
     """`keras.optimizers.AdamW`: its Adam with another default, `weight_decay` second.
 
     Source: Keras 3.15, `keras/src/optimizers/adamw.py`.
     """
     return adam(
-        learning_rate, beta_1, beta_2, epsilon, amsgrad, weight_decay, clipnorm, clipvalue, global_clipnorm, storage=storage
+        learning_rate, beta_1, beta_2, epsilon, amsgrad, weight_decay, clipnorm, clipvalue,
+        global_clipnorm, storage=storage
     )
 
 
 @recipe
 def adamax(
-    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number = 1e-7,
-    weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number | None = None,
-    global_clipnorm: Number | None = None, *, storage: Storage = "float32"
+    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
+    1e-7, weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number |
+    None = None, global_clipnorm: Number | None = None, *, storage: Storage = "float32"
 ) -> Transformation:
     """`keras.optimizers.Adamax`.
 
@@ -94,11 +100,13 @@ def adamax(
 
 @recipe
 def nadam(
-    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number = 1e-7,
-    weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number | None = None,
-    global_clipnorm: Number | None = None, *, storage: Storage = "float32"
+    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
+    1e-7, weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number |
+    None = None, global_clipnorm: Number | None = None, *, storage: Storage = "float32"
 ) -> Transformation:
-    """`keras.optimizers.Nadam`: as `torch.nadam`, with a momentum that warms up 250 times as fast, and ε as in Algorithm 1.
+    """`keras.optimizers.Nadam`.
+
+    As `torch.nadam`, with a momentum that warms up 250 times as fast, and ε as in Algorithm 1.
 
         mₜ = beta_1·(1 − ½·0.96ᵗ)
         params ← params − learning_rate·mu_hat / (√nu_hat + epsilon)
@@ -115,30 +123,35 @@ def nadam(
 
 @recipe
 def rmsprop(
-    learning_rate: Number = 0.001, rho: Number = 0.9, momentum: Number = 0.0, epsilon: Number = 1e-7, centered: bool = False,
-    weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number | None = None,
-    global_clipnorm: Number | None = None, *, storage: Storage = "float32"
+    learning_rate: Number = 0.001, rho: Number = 0.9, momentum: Number = 0.0, epsilon: Number =
+    1e-7, centered: bool = False, weight_decay: Number | None = None, clipnorm: Number | None =
+    None, clipvalue: Number | None = None, global_clipnorm: Number | None = None, *, storage:
+    Storage = "float32"
 ) -> Transformation:
     """`keras.optimizers.RMSprop`: ε inside the root; momentum gathers steps.
 
-        buffer ← momentum·buffer + learning_rate·g / √(nu + epsilon)    centered: nu − mean(g)² for nu
+        buffer ← momentum·buffer + learning_rate·g / √(nu + epsilon)  centered: nu − mean(g)² for nu
         params ← params − buffer
 
     Source: Keras 3.15, `keras/src/optimizers/rmsprop.py`.
     """
     steps = family.rmsprop(
-        learning_rate, rho, epsilon, centered=centered, momentum=None if is_zero(momentum) else momentum, storage=storage
+        learning_rate, rho, epsilon, centered=centered,
+        momentum=None if is_zero(momentum) else momentum, storage=storage
     ).stages
-    return chain(*clips(clipnorm, clipvalue, global_clipnorm), *steps, *decays_by_rate(learning_rate, weight_decay))
+    clipped = clips(clipnorm, clipvalue, global_clipnorm)
+    return chain(*clipped, *steps, *decays_by_rate(learning_rate, weight_decay))
 
 
 @recipe
 def lamb(
-    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number = 1e-7, *,
-    clipnorm: Number | None = None, clipvalue: Number | None = None, global_clipnorm: Number | None = None,
-    storage: Storage = "float32"
+    learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
+    1e-7, *, clipnorm: Number | None = None, clipvalue: Number | None = None, global_clipnorm:
+    Number | None = None, storage: Storage = "float32"
 ) -> Transformation:
-    """`keras.optimizers.Lamb` without `weight_decay`; what follows that argument there is keyword-only here.
+    """`keras.optimizers.Lamb` without `weight_decay`.
+
+    What follows that argument there is keyword-only here.
 
         r = mu_hat / (√nu_hat + epsilon)
         params ← params − learning_rate·r·‖params‖/‖r‖
@@ -151,14 +164,14 @@ def lamb(
 
 @recipe
 def sgd(
-    learning_rate: Number = 0.01, momentum: Number = 0.0, nesterov: bool = False, weight_decay: Number | None = None,
-    clipnorm: Number | None = None, clipvalue: Number | None = None, global_clipnorm: Number | None = None, *,
-    storage: Storage = "float32"
+    learning_rate: Number = 0.01, momentum: Number = 0.0, nesterov: bool = False, weight_decay:
+    Number | None = None, clipnorm: Number | None = None, clipvalue: Number | None = None,
+    global_clipnorm: Number | None = None, *, storage: Storage = "float32"
 ) -> Transformation:
     """`keras.optimizers.SGD`: momentum gathers steps.
 
         buffer ← momentum·buffer + learning_rate·g
-        params ← params − buffer                                        nesterov: momentum·buffer + learning_rate·g
+        params ← params − buffer                    nesterov: momentum·buffer + learning_rate·g
 
     Source: Keras 3.15, `keras/src/optimizers/sgd.py`.
     """

@@ -1,7 +1,7 @@
 """Optax's optimizers: members of the family, whose arguments and defaults are Optax's, and `sgd`.
 
-`nadam` and `nadamw` look ahead always, without Optax's argument `nesterov`. Not here: Optax's `yogi`, whose μ starts at 1e-6;
-that of `adam_jax.yogi` starts at 0, as in the paper.
+`nadam` and `nadamw` look ahead always, without Optax's argument `nesterov`. Not here: Optax's
+`yogi`, whose μ starts at 1e-6; that of `adam_jax.yogi` starts at 0, as in the paper.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from adam_jax import family
-from adam_jax._apply import scale_by_learning_rate
-from adam_jax._chain import chain
-from adam_jax._hyperparams import ScalarOrSchedule as Number
-from adam_jax._moments import Storage
-from adam_jax._transformation import Transformation, recipe
+from adam_jax._core.chain import chain
+from adam_jax._core.decorators import recipe
+from adam_jax._core.hyperparams import ScalarOrSchedule as Number
+from adam_jax._core.transformation import Transformation
 from adam_jax.family import (
     adabelief,
     adam,
@@ -29,6 +28,8 @@ from adam_jax.family import (
     radam,
     rmsprop,
 )
+from adam_jax.stages.learning_rate import scale_by_learning_rate
+from adam_jax.storage.formats import Storage
 
 __all__ = [
     "adabelief",
@@ -60,7 +61,7 @@ def sgd(
     """`optax.sgd`: momentum gathers gradients, and `None` gathers none.
 
         buffer ← momentum·buffer + g
-        params ← params − learning_rate·buffer                          nesterov: learning_rate·(g + momentum·buffer)
+        params ← params − learning_rate·buffer      nesterov: learning_rate·(g + momentum·buffer)
 
     Source: Optax 0.2.8, `optax/_src/alias.py`.
     """

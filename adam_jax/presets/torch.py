@@ -1,7 +1,10 @@
-"""PyTorch's optimizers (`torch.optim`): ε as in Algorithm 1, and `weight_decay` in the gradient except where its name says not.
+"""PyTorch's optimizers (`torch.optim`).
 
-`maximize` negates the gradient as it comes in. (`cautious()` behind it judges by the one before that; negate in front instead.)
-Not here: SGD's `dampening`, whose mean starts at the first gradient, and what chooses how to compute and not what.
+Ε as in Algorithm 1, and `weight_decay` in the gradient except where its name says not.
+
+`maximize` negates the gradient as it comes in. (`cautious()` behind it judges by the one before
+that; negate in front instead.) Not here: SGD's `dampening`, whose mean starts at the first
+gradient, and what chooses how to compute and not what.
 """
 
 from __future__ import annotations
@@ -9,17 +12,27 @@ from __future__ import annotations
 from typing import Any
 
 from adam_jax import family
-from adam_jax._apply import scale_by_learning_rate
-from adam_jax._bias import correct_bias, rectify
-from adam_jax._chain import chain
-from adam_jax._context import Context
-from adam_jax._hyperparams import ScalarOrSchedule as Number
-from adam_jax._moments import Storage, track_moments
-from adam_jax._scale import scale_by_moments
-from adam_jax._spec import Init, Update
-from adam_jax._transformation import Transformation, recipe, stage, stateless
-from adam_jax._tree import PyTree, as_wide, lift
-from adam_jax.presets._parts import Stages, accumulates, adam_direction, decays, is_zero, nadam_direction
+from adam_jax._core.chain import chain
+from adam_jax._core.context import Context
+from adam_jax._core.decorators import recipe, stage, stateless
+from adam_jax._core.hyperparams import ScalarOrSchedule as Number
+from adam_jax._core.leaves import PyTree, as_wide
+from adam_jax._core.lift import lift
+from adam_jax._core.spec import Init, Update
+from adam_jax._core.transformation import Transformation
+from adam_jax.presets._parts import (
+    Stages,
+    accumulates,
+    adam_direction,
+    decays,
+    is_zero,
+    nadam_direction,
+)
+from adam_jax.stages.bias import correct_bias, rectify
+from adam_jax.stages.learning_rate import scale_by_learning_rate
+from adam_jax.stages.scale import scale_by_moments
+from adam_jax.stages.track import track_moments
+from adam_jax.storage.formats import Storage
 
 __all__ = ["adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "sgd"]
 
@@ -39,14 +52,19 @@ def negate() -> tuple[Init, Update]:
 def _pair(betas: Any) -> Betas:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(
-            f"betas: found {betas!r}; expected a pair, as in betas=(0.9, 0.999). Parameters are no argument: `init` takes them."
+            f"betas: found {betas!r}; expected a pair, as in betas=(0.9, 0.999). Parameters are no "
+            "argument: `init` takes them."
         )
     return betas[0], betas[1]
 
 
-def _chain(direction: Stages, lr: Number, weight_decay: Number, decoupled: bool, maximize: bool) -> Transformation:
+def _chain(
+    direction: Stages, lr: Number, weight_decay: Number, decoupled: bool, maximize: bool
+) -> Transformation:
     before, after = ((), decays(weight_decay)) if decoupled else (decays(weight_decay), ())
-    return chain(*((negate(),) if maximize else ()), *before, *direction, *after, scale_by_learning_rate(lr))
+    return chain(
+        *((negate(),) if maximize else ()), *before, *direction, *after, scale_by_learning_rate(lr)
+    )
 
 
 # fmt: off
@@ -54,8 +72,9 @@ def _chain(direction: Stages, lr: Number, weight_decay: Number, decoupled: bool,
 
 @recipe
 def adam(
-    lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0, amsgrad: bool = False, *,
-    maximize: bool = False, decoupled_weight_decay: bool = False, storage: Storage = "float32"
+    lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0,
+    amsgrad: bool = False, *, maximize: bool = False, decoupled_weight_decay: bool = False, storage:
+    Storage = "float32"
 ) -> Transformation:
     """`torch.optim.Adam`.
 
@@ -72,8 +91,8 @@ def adam(
 
 @recipe
 def adamw(
-    lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 1e-2, amsgrad: bool = False, *,
-    maximize: bool = False, storage: Storage = "float32"
+    lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 1e-2,
+    amsgrad: bool = False, *, maximize: bool = False, storage: Storage = "float32"
 ) -> Transformation:
     """`torch.optim.AdamW`.
 
@@ -81,13 +100,16 @@ def adamw(
 
     Source: PyTorch 2.13, `torch/optim/adamw.py`.
     """
-    return adam(lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True, storage=storage)
+    return adam(
+        lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True,
+        storage=storage,
+    )
 
 
 @recipe
 def adamax(
-    lr: Number = 2e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0, *,
-    maximize: bool = False, storage: Storage = "float32"
+    lr: Number = 2e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0,
+    *, maximize: bool = False, storage: Storage = "float32"
 ) -> Transformation:
     """`torch.optim.Adamax`.
 
@@ -111,7 +133,7 @@ def nadam(
 
         g ← g + weight_decay·params
         mₜ = b1·(1 − ½·0.96^(t·momentum_decay))
-        mu_hat = mₜ₊₁·mu / (1 − ∏mᵢ₊₁) + (1 − mₜ)·g / (1 − ∏mᵢ)                 products over i = 1 … t
+        mu_hat = mₜ₊₁·mu / (1 − ∏mᵢ₊₁) + (1 − mₜ)·g / (1 − ∏mᵢ)     products over i = 1 … t
         params ← params − lr·mu_hat / (√nu_hat + eps)
 
     Source: PyTorch 2.13, `torch/optim/nadam.py`.
@@ -143,31 +165,35 @@ def radam(
 
 @recipe
 def rmsprop(
-    lr: Number = 1e-2, alpha: Number = 0.99, eps: Number = 1e-8, weight_decay: Number = 0.0, momentum: Number = 0.0,
-    centered: bool = False, *, maximize: bool = False, storage: Storage = "float32"
+    lr: Number = 1e-2, alpha: Number = 0.99, eps: Number = 1e-8, weight_decay: Number = 0.0,
+    momentum: Number = 0.0, centered: bool = False, *, maximize: bool = False, storage: Storage =
+    "float32"
 ) -> Transformation:
-    """`torch.optim.RMSprop`: momentum gathers directions, which the learning rate of the day multiplies.
+    """`torch.optim.RMSprop`: momentum gathers directions.
+
+    Which the learning rate of the day multiplies.
 
         g ← g + weight_decay·params
-        buffer ← momentum·buffer + g / (√nu + eps)                      centered: nu − mean(g)² for nu
+        buffer ← momentum·buffer + g / (√nu + eps)         centered: nu − mean(g)² for nu
         params ← params − lr·buffer
 
     Source: PyTorch 2.13, `torch/optim/rmsprop.py`.
     """
-    *direction, _ = family.rmsprop(lr, alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage).stages
+    whole = family.rmsprop(lr, alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage)
+    *direction, _ = whole.stages
     return _chain((*direction, *accumulates(momentum, storage)), lr, weight_decay, False, maximize)
 
 
 @recipe
 def sgd(
-    lr: Number = 1e-3, momentum: Number = 0.0, *, weight_decay: Number = 0.0, nesterov: bool = False,
-    maximize: bool = False, storage: Storage = "float32"
+    lr: Number = 1e-3, momentum: Number = 0.0, *, weight_decay: Number = 0.0, nesterov: bool =
+    False, maximize: bool = False, storage: Storage = "float32"
 ) -> Transformation:
     """`torch.optim.SGD` without `dampening`; what follows that argument there is keyword-only here.
 
         g ← g + weight_decay·params
         buffer ← momentum·buffer + g
-        params ← params − lr·buffer                                     nesterov: lr·(g + momentum·buffer)
+        params ← params − lr·buffer                 nesterov: lr·(g + momentum·buffer)
 
     Raises:
       ValueError: for `nesterov` without momentum, as there.
@@ -175,5 +201,6 @@ def sgd(
     Source: PyTorch 2.13, `torch/optim/sgd.py`.
     """
     if nesterov and is_zero(momentum):
-        raise ValueError(f"sgd: found nesterov=True with momentum={momentum!r}; expected a momentum above 0 to look ahead by.")
+        raise ValueError(f"sgd: found nesterov=True with momentum={momentum!r}; expected a "
+                         "momentum above 0 to look ahead by.")
     return _chain(accumulates(momentum, storage, nesterov), lr, weight_decay, False, maximize)

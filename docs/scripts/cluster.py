@@ -1,6 +1,7 @@
 """A cluster on this machine: several processes with some devices each, over the loopback.
 
-    python docs/scripts/cluster.py --processes 4 --devices 2 -- docs/scripts/train.py --cluster --directory runs/digits
+    python docs/scripts/cluster.py --processes 4 --devices 2 -- \\
+        docs/scripts/train.py --cluster --directory runs/digits
 
 If one process dies, the others are ended, and the command says which it was.
 """
@@ -19,8 +20,12 @@ from collections.abc import Iterable, Sequence
 from typing import IO
 
 
-def start(command: list[str], processes: int, devices: int, logs: Sequence[IO[str]] = ()) -> list[subprocess.Popen[str]]:
-    """The processes of a cluster, each running the same Python program; what they say goes to `logs`, or through pipes."""
+def start(
+    command: list[str], processes: int, devices: int, logs: Sequence[IO[str]] = ()
+) -> list[subprocess.Popen[str]]:
+    """The processes of a cluster, each running the same Python program; what they say goes to
+    `logs`, or through pipes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -28,7 +33,8 @@ def start(command: list[str], processes: int, devices: int, logs: Sequence[IO[st
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}",
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(processes),
     }
@@ -52,7 +58,11 @@ def echo(number: int, lines: Iterable[str]) -> None:
 
 def cause(status: int) -> str:
     """How a process ended."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return (
+        f"was killed by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with status {status}"
+    )
 
 
 def positive(text: str) -> int:
@@ -64,32 +74,45 @@ def positive(text: str) -> int:
 
 def main() -> str | None:
     """Starts the processes and waits for all, or for the first that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=positive, default=2)
     parser.add_argument("--devices", type=positive, default=2, help="of each process")
     parser.add_argument("command", nargs="+", help="a Python program and its arguments, after --")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cluster: was asked to end, and ended its processes"))
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("cluster: was asked to end, and ended its processes")
+    )
 
     running = start(args.command, args.processes, args.devices)
-    readers = [threading.Thread(target=echo, args=(i, process.stdout)) for i, process in enumerate(running)]
+    readers = [
+        threading.Thread(target=echo, args=(i, process.stdout)) for i, process in enumerate(running)
+    ]
     try:
         for i, (reader, process) in enumerate(zip(readers, running, strict=True)):
             print(f"[{i}] is process {process.pid}", flush=True)
             reader.start()
-        while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+        while any(process.poll() is None for process in running) and not any(
+            process.poll() for process in running
+        ):
             time.sleep(0.1)
         failed = {i: process.returncode for i, process in enumerate(running) if process.returncode}
     finally:
         for process in running:
-            process.kill()  # not asked: JAX takes SIGTERM for a notice, and a checkpoint is complete or not there
+            # Not asked: JAX takes SIGTERM for a notice, and a checkpoint is complete or not there
+            process.kill()
     for reader in readers:
         reader.join()
     if not failed:
         return None
     what = ", ".join(f"process {i} {cause(status)}" for i, status in failed.items())
     # A status of 2 is Python's and argparse's for a command that is wrong.
-    again = "" if 2 in failed.values() else " The same command resumes from the last complete checkpoint."
+    again = (
+        ""
+        if 2 in failed.values()
+        else " The same command resumes from the last complete checkpoint."
+    )
     return f"cluster: {what}; the others were ended.{again}"
 
 

@@ -1,0 +1,4 @@
+"""What every stage is built from.
+
+Leaves and their arithmetic, hyperparameters, transformations as values, the chain. Private.
+"""

@@ -1,0 +1,96 @@
+"""Arithmetic on one leaf, real or complex, in float32 or wider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from adam_jax._core.leaves import as_wide, finfo
+
+
+def widen(grad: Any) -> Array:
+    """A gradient leaf in its computing dtype, saturated where its square would overflow.
+
+    Without the limit (2⁶² ≈ 4.6e18 in float32) one gradient of 1e20 makes ν infinite, and the
+    parameter never moves again. The same limited value feeds both moments, so the step keeps its
+    bound. An infinity saturates like any large number; NaN stays NaN.
+    """
+    g = as_wide(grad)
+    real = finfo(g.dtype)
+    largest = np.asarray(2.0 ** (real.maxexp // 2 - 2), real.dtype)
+    if jnp.iscomplexobj(g):
+        return lax.complex(
+            lax.clamp(-largest, lax.real(g), largest), lax.clamp(-largest, lax.imag(g), largest)
+        )
+    return lax.clamp(-largest, g, largest)
+
+
+# What runs once for every leaf is written in lax: jnp's operators cost three times as long to
+# trace, and at five hundred leaves tracing is a fifth of the compile time.
+
+
+def square(x: Array) -> Array:
+    """|x|², real."""
+    return (
+        lax.add(square(lax.real(x)), square(lax.imag(x))) if jnp.iscomplexobj(x) else lax.mul(x, x)
+    )
+
+
+def multiply(x: Array, factor: Array) -> Array:
+    """x·factor for a real factor of any float dtype.
+
+    Also where x is complex (strict promotion does not mix the two).
+    """
+    return _on_parts(lax.mul, x, factor)
+
+
+def divide(x: Array, divisor: Array) -> Array:
+    """x/divisor for a real divisor; complex division would square it, and overflow."""
+    return _on_parts(lax.div, x, divisor)
+
+
+def _on_parts(f: Callable[[Any, Any], Array], x: Array, real: Array) -> Array:
+    if jnp.iscomplexobj(x):
+        return lax.complex(_on_parts(f, lax.real(x), real), _on_parts(f, lax.imag(x), real))
+    return f(x, real if real.dtype == x.dtype else real.astype(x.dtype))
+
+
+def lerp(start: Array, end: Array, share: Array) -> Array:
+    """Start + share·(end − start).
+
+    What is added is small where `share` is, and so is its rounding error.
+    """
+    return lax.add(start, multiply(lax.sub(end, start), share))
+
+
+def make_ema(decay: float | Array, keep: Array, rate: Array) -> Callable[[Array, Array], Array]:
+    """The step of an average, (average, x) -> decay·average + (1 − decay)·x.
+
+    In the form whose rounding errors do not grow.
+
+    From the average towards x where little of x is taken. From x towards the average where little
+    of the average is kept: with a decay of 0 that is x itself, where the other form leaves the last
+    bits of an average that may be far larger.
+
+    Args:
+      decay: the decay as it was given; for a traced one both forms are computed, and one is
+        selected.
+      keep: the decay as a scalar array.
+      rate: 1 − decay, likewise.
+    """
+
+    def little_taken(average: Array, x: Array) -> Array:
+        return lerp(average, x, rate)
+
+    def little_kept(average: Array, x: Array) -> Array:
+        return lerp(x, average, keep)
+
+    if isinstance(decay, float):
+        return little_taken if decay >= 0.5 else little_kept
+    return lambda average, x: jnp.where(
+        keep < 0.5, little_kept(average, x), little_taken(average, x)
+    )

@@ -1,0 +1,173 @@
+"""Transformations as values.
+
+A stage is a function of its hyperparameters, a recipe a function that returns a chain.
+
+A stage is written as a function of its hyperparameters that returns `init` and `update`; the
+decorator `stage` makes of it an `optax.GradientTransformationExtraArgs` that prints as the call
+that built it, and equals and hashes like any other one built from equal arguments. A recipe is a
+function that returns a chain; the decorator `recipe` lets that chain print under the recipe's name.
+The identity lives in the two functions of the pair, not in the pair, so it survives whatever takes
+the tuple apart and builds it again, as `jax.tree.map` and Equinox's filters do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from adam_jax._core.context import Context
+from adam_jax._core.errors import brief, expect_array
+from adam_jax._core.identity import expect_state
+from adam_jax._core.leaves import PyTree
+from adam_jax._core.spec import Interface, Spec, is_transformation, show, swapped
+
+
+class _Function:
+    """`init` or `update` of a transformation.
+
+    Equal to that of any other transformation built from equal arguments.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.__name__ = f"{spec.constructor.__name__}_{type(self).__name__.strip('_').lower()}"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            type(self) is type(other)
+            and isinstance(other, _Function)
+            and self.spec.key == other.spec.key
+        )
+
+    def __hash__(self) -> int:
+        return self.spec.hash
+
+    def __repr__(self) -> str:
+        return f"{self.spec!r}.{type(self).__name__.strip('_').lower()}"
+
+
+@contextlib.contextmanager
+def _of_arrays(caller: str, *trees: PyTree) -> Iterator[None]:
+    """Says which leaf it was, where something else than arrays has led to an error."""
+    try:
+        yield
+    except TypeError:
+        for tree in trees:
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                expect_array(leaf, f"{caller}: at {jax.tree_util.keystr(keys)}")
+        raise
+
+
+class _Init(_Function):
+    def __call__(self, params: PyTree) -> PyTree:
+        with _of_arrays(f"{self.spec.constructor.__name__}: init", params):
+            return self.spec.init(params)
+
+
+class _Update(_Function):
+    def __call__(
+        self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        expect_state(self.spec, state, f"{self.spec.constructor.__name__}: update")
+        with _of_arrays(f"{self.spec.constructor.__name__}: update", updates, params):
+            return self.spec.update(
+                updates, state, params, Context(gradient=extra.get("gradient"), extra=extra)
+            )
+
+
+def transformation(spec: Spec) -> Transformation:
+    """The pair of functions that `spec` describes."""
+    return Transformation(_Init(spec), _Update(spec))
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An `optax.GradientTransformationExtraArgs` that is a value.
+
+    `repr` is the call that builds it; equal arguments make equal, equally hashing transformations.
+    Two chains of equal stages are equal whatever name they print under, so `adam(1e-3)` equals the
+    chain it stands for.
+    """
+
+    __slots__ = ()
+    init: _Init
+    update: _Update
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """The parts of a chain, in order; a single stage is its own only part."""
+        return self.init.spec.stages or (self,)
+
+    @property
+    def interface(self) -> Interface:
+        """What it takes and what it gives."""
+        return self.init.spec.interface
+
+    def __repr__(self) -> str:
+        return repr(self.init.spec)
+
+
+def expect_transformation(tx: Any, caller: str) -> None:
+    """Refuses what is no transformation."""
+    if not is_transformation(tx):
+        raise TypeError(
+            f"{caller}: tx: found {brief(tx)}; expected a gradient transformation, for example "
+            f"adam_jax.adam(1e-3).{swapped(tx, caller)}"
+        )
+
+
+def abstract_state(tx: Any, params: PyTree, caller: str) -> PyTree:
+    """The shapes of a fresh state.
+
+    Raises:
+      TypeError: for what is no transformation, and parameters that are no arrays.
+    """
+    expect_transformation(tx, caller)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        expect_array(leaf, f"{caller}: params at {jax.tree_util.keystr(keys)}")
+    return jax.eval_shape(tx.init, params)
+
+
+def hides_rate(tx: Any) -> bool:
+    """Whether a transformation of others is in it, which may apply a learning rate unseen."""
+    if not isinstance(tx, Transformation):
+        return True
+    return any(map(hides_rate, (*tx.init.spec.stages, *tx.init.spec.inner.values())))
+
+
+def call_update(
+    tx: Any, updates: Any, state: Any, params: Any, context: Context
+) -> tuple[Any, Any]:
+    """`update` of a part: one of this package learns the context.
+
+    Others get the extra arguments.
+    """
+    if isinstance(tx, Transformation):
+        return tx.update.spec.update(updates, state, params, context)
+    made: tuple[Any, Any] = tx.update(updates, state, params, **context.extra)
+    return made
+
+
+def expect_optimizer(tx: Any, caller: str) -> Interface:
+    """The flow of what is to be wrapped, if it is a whole optimizer."""
+    if not is_transformation(tx):
+        called = " (a function: did you mean to call it?)" if callable(tx) else ""
+        called = (
+            " (did you mean its .gradient_transformation()?)"
+            if hasattr(tx, "gradient_transformation")
+            else called
+        )
+        raise TypeError(
+            f"{caller}: found {brief(tx)}{called}; expected a gradient transformation, such as "
+            "adam(1e-3)."
+        )
+    interface = tx.interface if isinstance(tx, Transformation) else Interface()
+    if "moments" in (interface.takes, interface.gives):
+        raise ValueError(
+            f"{caller}: found {show(tx)}, which takes or gives Moments; expected a whole "
+            "optimizer. Put this around the chain."
+        )
+    return interface

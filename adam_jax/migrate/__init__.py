@@ -1,0 +1,24 @@
+"""A run that is under way goes on with another optimizer, from another library.
+
+Or afresh in part.
+"""
+
+from adam_jax.migrate.convert import Converted, Entry, convert_state
+from adam_jax.migrate.optax import from_optax, to_optax
+from adam_jax.migrate.restart import reset
+from adam_jax.migrate.torch import from_torch, to_torch
+from adam_jax.migrate.torch_params import after_flatten, params_from_torch, params_to_torch
+
+__all__ = [
+    "Converted",
+    "Entry",
+    "after_flatten",
+    "convert_state",
+    "from_optax",
+    "from_torch",
+    "params_from_torch",
+    "params_to_torch",
+    "reset",
+    "to_optax",
+    "to_torch",
+]

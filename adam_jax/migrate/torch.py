@@ -1,0 +1,365 @@
+"""`from_torch`, `to_torch`: a run of a PyTorch optimizer goes on in ours, and back.
+
+Nothing here reads files or needs PyTorch: state dicts come as `torch.load(…, weights_only=True)` or
+safetensors give them, with tensors or NumPy arrays, and go back with NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax._core.errors import brief, some
+from adam_jax._core.leaves import PyTree
+from adam_jax._core.spec import all_specs
+from adam_jax._core.transformation import abstract_state
+from adam_jax.migrate.foreign_state import (
+    Run,
+    all_leaves,
+    decays,
+    fill,
+    memories,
+    read,
+    same_kinds,
+    same_leaves,
+    trained,
+    whole,
+)
+from adam_jax.migrate.torch_params import (
+    Layouts,
+    Names,
+    Pair,
+    expect_table,
+    number_array,
+    options_of,
+    pairs_of,
+    target_of,
+)
+from adam_jax.migrate.torch_settings import expect_decays, expect_settings
+from adam_jax.stages.bias import LookAheadState
+
+ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu", "exp_inf": "infinity", "max_exp_avg_sq": "raw nu_max"}
+
+
+RMSPROP = {"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"}
+
+
+SGD = {"momentum_buffer": "trace"}
+"""The kinds of moments by PyTorch's names for them."""
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    tx: Any,
+    params: PyTree,
+    *,
+    mapping: Names | None = None,
+    transpose: Layouts | None = None,
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+) -> PyTree:
+    """The state of `tx` in a run that PyTorch began.
+
+        tx = adam_jax.adamw(3e-4, weight_decay=0.01)
+        rules = dict(mapping={"conv1": "Conv_0", "fc": "Dense_0"})
+        params = adam_jax.migrate.params_from_torch(model.state_dict(), params, **rules)
+        names = [name for name, _ in model.named_parameters()]
+        saved = optimizer.state_dict()
+        state = adam_jax.migrate.from_torch(saved, tx, params, names=names, **rules)
+
+    `tx` has to be the same optimizer with the same decays, of which our weights follow; a state
+    dict does not name it. Its storage is free: moments are rounded to nearest. Leaves that have
+    taken other steps than the rest go on each from its own.
+
+    Args:
+      state_dict: what `optimizer.state_dict()` returns, of Adam, AdamW, NAdam, RAdam, Adamax,
+        RMSprop or SGD; tensors or arrays.
+      tx: the transformation of this package that goes on. PyTorch's parameter groups may be groups
+        of `by_path`, or a mask of weight decay.
+      params: the parameters, which have the moments' shapes.
+      mapping: from PyTorch's names to paths in `params`: a function, or a table of names or of
+        their beginnings ("layers.0": "Dense_0"). What is not in the table keeps its name. "."
+        counts as "/", and a last part "weight" that is not in the tree is looked for as "kernel",
+        "scale" and "embedding". `None` stands for what has no place in `params`.
+      transpose: how arrays come to lie as in `params`, where that is not by rule: a table by
+        PyTorch's name, or a function (name, path) -> entry or `None`. An entry has the axes, as
+        `np.transpose` takes them, or a pair of functions, there and back, such as `after_flatten`.
+        The rule: in a leaf called "kernel" PyTorch's first two axes come last, (out, in, …) to (…,
+        in, out); all other leaves are as in PyTorch. It fits transposed convolutions of Flax with
+        `transpose_kernel=True`.
+      names: those of the parameters in the order of the optimizer's groups, where its state dict
+        has no "param_names". With one group it is that of `model.named_parameters()`.
+      count: the steps taken, for a state that keeps none: of SGD.
+
+    Returns:
+      A state of `tx`.
+
+    Raises:
+      TypeError: for what is no state dict (we load no files) and no tensor, or if `tx` is no
+        transformation.
+      ValueError: for names that are missing, left over, or meet in one leaf; shapes that differ
+        once transposed; steps that are no whole number; decays and settings that are not those of
+        `tx`; moments that only one side has.
+    """
+    caller = "from_torch"
+    groups, entries = _optimizer(state_dict, caller)
+    first = abstract_state(tx, params, caller)
+    parts, ours = memories(tx, first, caller)
+    called = _called(groups, names, caller)
+    leaves = trained(params)
+    held = {path for its in ours.values() for path in all_leaves(its)}
+    pairs = pairs_of(
+        called.values(), leaves, mapping, transpose, caller, still=leaves.keys() - held
+    )
+    if extra := [str(i) for i in entries if i not in called]:
+        raise ValueError(
+            f"{caller}: left over the state of {some(extra)}, parameters which no group has."
+        )
+    of = {name: entries.get(i, {}) for i, name in called.items() if name in pairs}
+    if blank := [name for name, entry in of.items() if not entry and pairs[name].path in held]:
+        raise ValueError(
+            f"{caller}: found no state of {some(blank)}; expected one for each "
+            f"parameter. One that never had a gradient has none: "
+            f"map it to None and leave it out of params, or freeze it, with "
+            f'by_path({{pattern: "frozen"}}, …).'
+        )
+    of = {name: entry for name, entry in of.items() if entry}
+    if over := [name for name in of if pairs[name].path not in held]:
+        raise ValueError(
+            f"{caller}: left over the state of {some(over)}, of which tx keeps none. Move with a "
+            "tx that trains what PyTorch has trained, and freeze it with convert_state."
+        )
+    kinds = _kinds(groups)
+    kept = {field: True for entry in of.values() for field, its in entry.items() if its is not None}
+    fields = [field for field in kept if field not in ("step", "mu_product")]
+    if unknown := [field for field in fields if field not in kinds]:
+        raise ValueError(
+            f"{caller}: left over {some(unknown)} in the state; expected {some(list(kinds))}."
+        )
+    same_kinds(ours, {kinds[field]: field for field in fields}, caller, "the state dict")
+    if ("mu_product" in kept) != any(isinstance(part.state, LookAheadState) for part in parts):
+        has = (
+            "has the mu_product of NAdam, and tx does not look"
+            if "mu_product" in kept
+            else "is not NAdam's, and tx looks"
+        )
+        raise ValueError(
+            f"{caller}: the state {has} ahead; expected the same optimizer on both sides, see "
+            "presets.torch."
+        )
+    by_group = [
+        (group, [pairs[called[i]] for i in group["params"] if called[i] in of]) for group in groups
+    ]
+    expect_decays(by_group, decays(tx, first, caller), caller)
+    expect_settings(by_group, tx, params, caller)
+    moments: dict[str, dict[str, Any]] = {}
+    for field in fields:
+        its = moments[kinds[field]] = {}
+        keep = all_leaves(ours[kinds[field]])
+        if lacks := [
+            name
+            for name, entry in of.items()
+            if entry.get(field) is None and pairs[name].path in keep
+        ]:
+            raise ValueError(
+                f"{caller}: found no {field} of {some(lacks)}; expected one for each parameter."
+            )
+        for name, entry in of.items():
+            if entry.get(field) is not None:
+                pair = pairs[name]
+                moment = pair.into(entry[field], leaves[pair.path], caller)
+                if kinds[field] not in ("mu", "trace") and (moment < 0).any():
+                    raise ValueError(
+                        f"{caller}: {name}: found {field} below 0, which no mean of squares is."
+                    )
+                its[pair.path] = jnp.array(
+                    moment.astype(np.float32) if moment.dtype.kind in "biu" else moment
+                )
+    steps = _steps(
+        {pairs[name].path: entry.get("step") for name, entry in of.items()}, count, caller
+    )
+    return fill(tx, params, Run(steps, max(steps.values(), default=0), moments), caller)
+
+
+def to_torch(
+    state: PyTree,
+    tx: Any,
+    like: Mapping[str, Any],
+    *,
+    mapping: Names | None = None,
+    transpose: Layouts | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The state dict of a PyTorch optimizer in a run of ours.
+
+        found = adam_jax.migrate.to_torch(state, tx, optimizer.state_dict(), names=names, **rules)
+        entries = found["state"].items()
+        found["state"] = {i: {k: torch.tensor(v) for k, v in entry.items()} for i, entry in entries}
+        optimizer.load_state_dict(found)
+
+    Args:
+      state: that of `tx`.
+      tx: the transformation of this package that the run had.
+      like: the state dict of the optimizer that goes on, fresh or not. Its "param_groups" stay.
+      mapping: as in `from_torch`, from PyTorch's names to ours.
+      transpose: as in `from_torch`, from PyTorch's arrays to ours.
+      names: as in `from_torch`.
+
+    Returns:
+      A state dict whose "state" holds NumPy arrays, float32 or float64.
+
+    Raises:
+      TypeError: as `from_torch`.
+      ValueError: as `from_torch`, and where the state has weights that no count says, as after
+        `reset`.
+    """
+    caller = "to_torch"
+    groups, _ = _optimizer(like, caller)
+    run = read(tx, state, caller)
+    fields = {kind: field for field, kind in _kinds(groups).items()}
+    same_kinds(
+        run.moments,
+        {kind: fields[kind] for kind in _kept(groups, run.moments)},
+        caller,
+        "the optimizer",
+    )
+    leaves, *others = run.moments.values()
+    for its in others:
+        same_leaves(its, leaves, caller)
+    frozen = [spec.freezes for spec in all_specs(tx) if spec.freezes is not None]
+
+    def is_trained(name: str) -> bool:
+        options = options_of(target_of(name, mapping, caller) or "")
+        return not any(is_frozen(path) for is_frozen in frozen for path in options)
+
+    called = {i: name for i, name in _called(groups, names, caller).items() if is_trained(name)}
+    pairs = pairs_of(called.values(), leaves, mapping, transpose, caller)
+    by_group = [
+        (group, [pairs[called[i]] for i in group["params"] if called.get(i) in pairs])
+        for group in groups
+    ]
+    expect_decays(by_group, decays(tx, state, caller), caller)
+    also = {} if "dampening" in groups[0] else {"step": np.float32(run.count)}
+    also |= {"mu_product": np.float32(1 - run.ahead)} if run.ahead is not None else {}
+
+    def entry(pair: Pair) -> dict[str, Any]:
+        return also | {
+            fields[kind]: pair.back(np.asarray(its[pair.path])) for kind, its in run.moments.items()
+        }
+
+    found = {i: entry(pairs[name]) for i, name in called.items() if name in pairs}
+    return {"state": found, "param_groups": groups}
+
+
+def _optimizer(state_dict: Any, caller: str) -> tuple[list[Any], Mapping[int, Any]]:
+    """The groups and the entries of an optimizer's state dict."""
+    expect_table(state_dict, caller)
+    if not {"state", "param_groups"} <= state_dict.keys():
+        inside = next(
+            (
+                key
+                for key, its in state_dict.items()
+                if isinstance(its, Mapping) and "param_groups" in its
+            ),
+            None,
+        )
+        hint = (
+            "Weights are for params_from_torch."
+            if inside is None
+            else f"Pass what is in [{inside!r}]."
+        )
+        raise ValueError(
+            f"{caller}: found a dict of {some(list(map(str, state_dict))) or 'nothing'}; expected "
+            f"'state' and 'param_groups', as optimizer.state_dict() has them. {hint}"
+        )
+    groups, entries = state_dict["param_groups"], state_dict["state"]
+    listed = isinstance(groups, (list, tuple)) and all(
+        isinstance(its, Mapping) and "params" in its for its in groups
+    )
+    if (
+        not listed
+        or not groups
+        or not isinstance(entries, Mapping)
+        or not all(isinstance(e, Mapping) for e in entries.values())
+    ):
+        raise ValueError(
+            f"{caller}: found param_groups or a state that are not PyTorch's; expected a list of "
+            "dicts with 'params', and a dict of dicts by parameter number, as "
+            "optimizer.state_dict() has them."
+        )
+    if strings := [key for key in entries if isinstance(key, str)]:
+        raise ValueError(
+            f"{caller}: found the parameter numbers {some(list(map(repr, strings)))}; expected "
+            "integers. JSON makes strings of them: {int(i): its for i, its in state.items()}."
+        )
+    return list(groups), entries
+
+
+def _called(groups: list[Any], names: Sequence[str] | None, caller: str) -> dict[int, str]:
+    """The names by the numbers that PyTorch gives to parameters."""
+    numbers = [i for group in groups for i in group["params"]]
+    strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if names is not None and not strings:
+        raise TypeError(f"{caller}: names: found {brief(names)}; expected a list of strings.")
+    if names is None:
+        if any("param_names" not in group for group in groups):
+            raise ValueError(
+                f"{caller}: the state dict numbers its {len(numbers)} parameters and does not name "
+                "them. Give their names in the optimizer's order: names=[name for name, _ in "
+                "model.named_parameters()]."
+            )
+        names = [name for group in groups for name in group["param_names"]]
+    if len(names) != len(numbers):
+        raise ValueError(
+            f"{caller}: found {len(names)} names for {len(numbers)} parameters; expected one each, "
+            "in the groups' order."
+        )
+    return dict(zip(numbers, names, strict=True))
+
+
+def _kinds(groups: list[Any]) -> dict[str, str]:
+    """The kinds of moments by PyTorch's names, of the optimizer that has such groups."""
+    return SGD if "dampening" in groups[0] else RMSPROP if "alpha" in groups[0] else ADAM
+
+
+def _kept(groups: list[Any], ours: Iterable[str]) -> list[str]:
+    """The kinds of moments that an optimizer with such groups keeps."""
+    group = groups[0]
+    if "betas" in group:
+        # RAdam's and Adamax's groups look alike.
+        return [
+            "mu",
+            "infinity" if "infinity" in ours else "nu",
+            *(["raw nu_max"] if group.get("amsgrad") else []),
+        ]
+    kept = [] if "dampening" in group else ["nu", *(["mu"] if group.get("centered") else [])]
+    return kept + (["trace"] if group.get("momentum") else [])
+
+
+def _steps(found: Mapping[str, Any], count: int | None, caller: str) -> dict[str, int]:
+    """The number of steps that each parameter has taken, by path."""
+    numbers = {
+        path: whole(number_array(step, f"the step of {path}", caller), caller)
+        for path, step in found.items()
+        if step is not None
+    }
+    if len(numbers) not in (0, len(found)):
+        raise ValueError(
+            f"{caller}: found no step of {some([path for path in found if path not in numbers])}; "
+            "expected one for all."
+        )
+    if not numbers and count is None:
+        raise ValueError(
+            f"{caller}: the state keeps no step. Give the number of steps taken: from_torch(…, "
+            "count=1000)."
+        )
+    if numbers and count not in (None, *numbers.values()):
+        step = next(iter(numbers.values()))
+        raise ValueError(
+            f"{caller}: found count={count}, and step {step} in the state; expected none where the "
+            "state has one."
+        )
+    return numbers or dict.fromkeys(found, whole(count, caller))

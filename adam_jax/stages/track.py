@@ -1,0 +1,336 @@
+"""`track_moments`: the first stage of every optimizer.
+
+A moment is an exponential average that starts at zero, so it is Σ weights·values with Σ weights <
+1. The debias factor is that sum of weights: the same average of the constant 1, moved by the same
+rate at the same time. Later stages divide by it. They need no decay, no count and no formula, and
+stay right when the decay changes from step to step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from adam_jax._core.arithmetic import make_ema, multiply, widen
+from adam_jax._core.context import Context
+from adam_jax._core.decorators import stage
+from adam_jax._core.errors import brief, expect_one_of
+from adam_jax._core.hyperparams import (
+    Hyperparameter,
+    Hyperparameters,
+    ScalarOrSchedule,
+    cast,
+    complement,
+    increment,
+)
+from adam_jax._core.leaves import (
+    PyTree,
+    as_wide,
+    as_wide_as,
+    real_dtype,
+    scalar_dtype,
+    takes_part,
+    wide_dtype,
+)
+from adam_jax._core.lift import lift
+from adam_jax._core.spec import Definition
+from adam_jax.stages.blocks import Blocks, block_mean, expect_blocks, shape_of_nu
+from adam_jax.stages.moments import Moments, accumulate_weight, per_leaf
+from adam_jax.stages.rules import NU_RULES, STATES, NuRule, nu_of_gradient
+from adam_jax.storage.formats import Storage, canonical, resolve_storage
+from adam_jax.storage.slot import MomentSlot, all_first_scales, all_narrow
+
+
+@stage(takes="updates", gives="moments", canonical={"storage": canonical})
+def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
+    b1: ScalarOrSchedule | None = 0.9,
+    b2: ScalarOrSchedule | None = 0.999,
+    *,
+    mu_rule: Literal["mean", "sum"] = "mean",
+    nu_rule: Literal["square", "belief", "yogi", "infinity"] = "square",
+    nu_eps: ScalarOrSchedule = 0.0,
+    nu_init: float = 0.0,
+    nu_delay: bool = False,
+    debias: bool = True,
+    blocks: Blocks | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    storage: Storage = "float32",
+) -> Definition:
+    """Averages the gradients and their squares.
+
+        mu ← mu + (1 − b1)·(g − mu)          mu_weight ← mu_weight + (1 − b1)·(1 − mu_weight)
+        nu ← nu + (1 − b2)·(|g|² − nu)       nu_weight ← nu_weight + (1 − b2)·(1 − nu_weight)
+
+    Gradients are widened to float32 first (float64 and complex stay), so the state never has a
+    half-precision dtype unless it is asked for. Beyond ±2⁶² (4.6e18, in float32) they saturate,
+    infinities too, so that ν never overflows. A NaN is not hidden: it makes the moments, and so the
+    parameter, of its element NaN for good (8-bit moments forget it, the parameter does not).
+
+    Args:
+      b1: decay of the first moment, in [0, 1); `None` tracks none, and `mu` is the gradient.
+      b2: decay of the second moment, in [0, 1); `None` tracks none.
+      mu_rule: "mean", or "sum" for mu ← b1·mu + g, the heavy ball that other frameworks call
+        momentum. It has weight 1.
+      nu_rule: how ν moves. "square" averages |g|² (Adam), "belief" |g − mu|² and adds nu_eps
+        (AdaBelief), "yogi" steps towards
+        |g|² by (1 − b2)·|g|² at most, "infinity" takes max(b2·nu, |g| + nu_eps), whose weight is 1
+        (AdaMax).
+      nu_eps: what the rules "belief" and "infinity" add at every step, ≥ 0.
+      nu_init: where ν starts, ≥ 0.
+      nu_delay: hand on the ν of the step before, which has not seen this gradient. The first step
+        only fills ν: its β₂ is 0 and the gradient that it hands on is zero.
+      debias: keep the weights that `correct_bias` divides by. Without, it is refused behind this
+        stage.
+      blocks: which axes of a leaf share one ν: "leaf" for all, "output" for all but the last (the
+        outputs of a Flax kernel), or a function (path as `jax.tree_util.keystr` writes it, shape)
+        -> axes. `None` shares none.
+      mu_dtype: the floating dtype in which every leaf of `mu` rests between steps, however small;
+        `storage=` for the habit of Optax. Complex leaves stay as they are. `None`: as `storage` has
+        it.
+      nu_dtype: the same for `nu`.
+      storage: how the moments rest: "float32" (or wider, as they are computed), "bfloat16", "8bit",
+        an object of `adam_jax.storage`, or a pair (for mu, for nu). The update of a step uses the
+        moments before they are narrowed.
+
+    Raises:
+      ValueError: for a number outside its range, an unknown rule or storage, or a dtype beside a
+        storage that says otherwise; in `update`, for a gradient tree that does not fit, a state
+        that rests otherwise, or a derivative that is taken through a moment as it is stored in
+        fewer bits than float32: rounding has none.
+      TypeError: for what is no number, no scalar and no schedule.
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), Algorithm 1 and §3.
+    """
+    hypers = _hypers(b1, b2, nu_rule, nu_eps, nu_init)
+    _check_options(b1, b2, mu_rule, nu_rule, blocks)
+    expect_one_of("debias", debias, (True, False))
+    rule = NU_RULES[nu_rule]
+    mu_form, nu_form = resolve_storage(storage, mu_dtype, nu_dtype)
+    slots = []
+    if b1 is not None:
+        gathers = mu_rule == "mean" and debias
+        named = "trace" if mu_rule == "sum" else "mu"
+        slots.append(
+            MomentSlot(
+                "mu",
+                mu_form,
+                meaning=f"the {mu_rule} of {{}}",
+                gathers=gathers,
+                whole=mu_rule == "sum",
+                decay="b1",
+                kind=named,
+                label="μ",
+            )
+        )
+    if b2 is not None:
+        gathers = (rule.weighs and debias) or nu_delay
+        slots.append(
+            MomentSlot(
+                "nu",
+                nu_form,
+                signed=False,
+                turn=16,
+                start=nu_init,
+                meaning=rule.meaning,
+                gathers=gathers,
+                whole=not rule.weighs,
+                decay="b2",
+                label="ν",
+                delayed=nu_delay,
+                kind=nu_rule if nu_rule in ("belief", "infinity") else "nu",
+                of_gradient=functools.partial(nu_of_gradient, rule),
+            )
+        )
+    columns = [slot.name for slot in slots if slot.gathers]
+    delayed = "Delayed" if nu_delay else ""
+    kind = STATES["" if b1 is None else mu_rule.title(), "" if b2 is None else delayed + rule.name]
+
+    def init(params: PyTree) -> Any:
+        scalars = scalar_dtype(params)
+
+        def first(slot: MomentSlot, path: Any, p: Any) -> Array | None:
+            if not takes_part(p):
+                return None
+            if slot.name == "mu":
+                return slot.first(jnp.shape(p), wide_dtype(p))
+            return slot.first(shape_of_nu(blocks, path, p), real_dtype(p))
+
+        kept = {
+            slot.name: jax.tree_util.tree_map_with_path(functools.partial(first, slot), params)
+            for slot in slots
+        }
+        scales = all_first_scales(slots, kept)
+        weights = jnp.zeros((2, len(columns)), scalars) if columns else None
+        return kind(jnp.zeros((), jnp.int32), *kept.values(), weights, hypers.kept(scalars), scales)
+
+    def update(grads: Any, state: Any, params: Any, context: Context) -> tuple[Moments, Any]:
+        scalars = scalar_dtype(grads) if state.weights is None else state.weights.dtype
+        values = hypers.at(state.count, state.hyperparams)
+        count = increment(state.count)
+        later = hypers["b1"].at(count, state.hyperparams) if b1 is not None else 0.0
+        used = {name: cast(value, scalars) for name, value in values.items()}
+        zero, one = jnp.zeros((), scalars), jnp.ones((), scalars)
+        mu_decay, mu_rate = (
+            (zero, one) if b1 is None else (used["b1"], complement(values["b1"], scalars))
+        )
+        nu_decay, nu_rate = (
+            (zero, one) if b2 is None else (used["b2"], complement(values["b2"], scalars))
+        )
+        mu_rate = one if mu_rule == "sum" else mu_rate
+        if nu_delay:
+            first = state.weights[0, columns.index("nu")] == 0
+            nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
+            firsts = per_leaf(first)
+
+        old = {"mu": None, "nu": None} | {
+            slot.name: slot.widen(getattr(state, slot.name), state.scales) for slot in slots
+        }
+        if b2 is not None:
+            expect_blocks(blocks, grads, state.nu)
+        grads = _limited(grads, state, slots, rule, nu_rate)
+        mu_average = make_ema(values.get("b1", 0.0), mu_decay, mu_rate)
+        nu_decays, nu_rates = per_leaf(nu_decay), per_leaf(nu_rate)
+
+        def moment(g: Array, mu: Array | None) -> Array:
+            if mu is None:
+                # g − g is 0, and NaN where g is NaN: it has to reach the parameter even if codes
+                # store it as 0.
+                return jnp.where(firsts(), jax.lax.sub(g, g), g) if nu_delay else g
+            mu = mu.astype(g.dtype)
+            return multiply(mu, mu_decay) + g if mu_rule == "sum" else mu_average(mu, g)
+
+        def second_moment(g: Array, mu: Array, nu: Array) -> Array:
+            seen = block_mean(rule.sees(g, mu), nu.shape)
+            nu = nu.astype(seen.dtype)
+            decay, rate = nu_decays(), nu_rates()
+            average = make_ema(values.get("b2", 0.0), decay, rate)
+            return rule.moves(
+                nu,
+                seen,
+                average,
+                *(s.astype(nu.dtype) for s in (decay, rate, used.get("nu_eps", zero))),
+            )
+
+        def leaf(grad: Any, mu: Array | None, nu: Array | None) -> tuple[Array, Array | None]:
+            g = widen(grad)
+            mu = moment(g, mu)
+            return mu, None if nu is None else second_moment(g, mu, nu)
+
+        shared = () if blocks is None else ("nu",)
+        grads = lift(
+            as_wide_as, grads, free=shared, **old
+        )  # a float32 gradient would turn float64 moments into float32 ones
+        mu, nu = lift(leaf, grads, outputs=2, free=shared, **old)
+        kept, scales = all_narrow(
+            slots,
+            {"mu": mu, "nu": nu},
+            state,
+            count,
+            context.stream("track_moments"),
+            context.selector,
+        )
+        nu = nu if b2 is not None else None
+        weights, gathered = None, dict[str, Array]()
+        if columns:
+            rates = {"mu": mu_rate, "nu": nu_rate if rule.weighs else one}
+            weights = accumulate_weight(
+                state.weights,
+                jnp.stack(
+                    [jnp.broadcast_to(rates[name], state.weights.shape[2:]) for name in columns]
+                ),
+            )
+            gathered = {name: weights[0, i] for i, name in enumerate(columns)}
+        # A gradient, a sum and a maximum are whole at once.
+        whole = {
+            "mu": b1 is None or mu_rule == "sum",
+            "nu": b2 is None or nu_delay or not rule.weighs,
+        }
+        moments = Moments(
+            grad=grads,
+            mu=mu,
+            nu=old["nu"] if nu_delay else nu,
+            mu_weight=one if whole["mu"] else gathered.get("mu"),
+            nu_weight=one if whole["nu"] else gathered.get("nu"),
+            mu_decay=mu_decay,
+            mu_rate=mu_rate,
+            nu_rate=nu_rate,
+            count=count,
+            next_mu_decay=cast(later, scalars),
+            next_mu_rate=complement(later, scalars),
+        )
+        return moments, kind(count, *kept.values(), weights, state.hyperparams, scales)
+
+    return Definition(init, update, tuple(slots), hypers, counter="count")
+
+
+def _limited(
+    grads: PyTree, state: Any, slots: Sequence[MomentSlot], rule: NuRule, nu_rate: Array
+) -> PyTree:
+    """The gradients, saturated where the storage of ν would be.
+
+    As in `widen`, and for the same reason: where μ took a gradient that ν cannot, the steps behind
+    would have no bound. A ν in codes or in a narrow float beside a μ with a wider range needs it,
+    and so does float64.
+    """
+    by_name = {slot.name: slot for slot in slots}
+    if "nu" not in by_name:
+        return grads
+    mu, form = (state.mu, by_name["mu"].form) if "mu" in by_name else (None, None)
+    tops = by_name["nu"].tops(state.nu, state.scales, mu, form, grads)
+    if all(top is None for top in tops):
+        return grads
+    each, rates = iter(tops), per_leaf(nu_rate)
+
+    def leaf(grad: Any) -> Array:
+        top, rate, g = next(each), rates(), as_wide(grad)
+        if top is None:
+            return g
+        real = real_dtype(g)
+        bound = jnp.sqrt(top.astype(real) / rate.astype(real)) if rule.squared else top.astype(real)
+        if jnp.iscomplexobj(g):
+            bound = jnp.broadcast_to(bound * np.asarray(0.5**0.5, real), g.shape)
+            return lax.complex(lax.clamp(-bound, g.real, bound), lax.clamp(-bound, g.imag, bound))
+        bound = jnp.broadcast_to(bound, g.shape)
+        return lax.clamp(-bound, g, bound)
+
+    return lift(leaf, grads)
+
+
+def _hypers(b1: Any, b2: Any, nu_rule: Any, nu_eps: Any, nu_init: Any) -> Hyperparameters:
+    hypers = [
+        Hyperparameter(name, b, "[0, 1)") for name, b in [("b1", b1), ("b2", b2)] if b is not None
+    ]
+    if nu_rule in ("belief", "infinity"):
+        hypers.append(Hyperparameter("nu_eps", nu_eps, "[0, inf)"))
+    start = Hyperparameter("nu_init", nu_init, "[0, inf)")
+    if start.scheduled or start.settable:
+        raise TypeError(
+            f"track_moments: nu_init: found {brief(nu_init)}; expected a number: it is where ν "
+            "starts, once."
+        )
+    return Hyperparameters(*hypers)
+
+
+def _check_options(b1: Any, b2: Any, mu_rule: Any, nu_rule: Any, blocks: Any) -> None:
+    """Refuses what `track_moments` cannot do."""
+    expect_one_of("mu_rule", mu_rule, ("mean", "sum"))
+    expect_one_of("nu_rule", nu_rule, tuple(NU_RULES))
+    if not callable(blocks):
+        expect_one_of("blocks", blocks, (None, "leaf", "output"))
+    if b1 is None and b2 is None:
+        raise ValueError(
+            "track_moments: found None for both b1 and b2; expected at least one decay: there is "
+            "nothing to track."
+        )
+    if b1 is None and nu_rule == "belief":
+        raise ValueError(
+            "track_moments: found nu_rule='belief' with b1=None; expected a decay b1: belief is "
+            "|g − mu|."
+        )

@@ -1,0 +1,201 @@
+"""The formats in which a moment is stored between two steps.
+
+Floats of a dtype, and codes of 8 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax._core.errors import brief, expect_integer, expect_one_of
+from adam_jax._core.leaves import finfo
+from adam_jax.storage.random_bits import as_seed
+
+Rounding: TypeAlias = Literal["stochastic", "nearest"]
+
+
+SMALLEST = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """Moments rest as floats of a dtype.
+
+    Infinities and what is too large saturate at its largest number, NaN stays.
+
+    A dtype of a small range, float16 or one of 8 bits, suits μ better than ν: below its smallest
+    number a positive ν is stored as that, so that no update loses its denominator, and steps there
+    are too short.
+
+    Attributes:
+      dtype: a floating dtype; `None` for the one that a leaf is computed in, float32 or wider.
+      rounding: "stochastic" rounds up as often as keeps the mean right, "nearest" freezes what
+        moves by less than half its last bit a step.
+      seed: of the random bits: an integer from 0 to 2³² − 1, or a traced integer scalar, such as
+        the number of a member under `jax.vmap`. Stages, leaves and groups have bits of their own
+        whatever the seed.
+      smallest: leaves of fewer elements stay as they are computed.
+
+    Raises:
+      ValueError: for a dtype that is not floating, has no zero or less than 8 bits, an unknown
+        rounding, or a negative size.
+      TypeError: if `seed` or `smallest` is no integer.
+    """
+
+    dtype: Any = None
+    rounding: Rounding = "stochastic"
+    seed: int = 0
+    smallest: int = SMALLEST
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _floating(self.dtype, "storage.Float: dtype"))
+        _check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Stores moments as integers that count in ratios.
+
+    Relative to a power of two that each row of a leaf has.
+
+    A code has 8 bits. It is a small float: below 1 unit eight equal steps (they count as an
+    octave), then eight steps an octave, and where those end, for elements that suddenly outgrow the
+    row, one step an octave. The unit of a step follows from the largest code of the step before,
+    with an octave to spare, so that encoding needs no second look at the moments. Before there is a
+    largest code, at the first step or in a row that has been all zero, all codes are whole octaves,
+    127 of them.
+
+    A row is what lies along the last axis. Rows of fewer than 128 elements are taken together,
+    along the axes before the last, until there are 128 or the leaf ends: a kernel of shape (768,
+    12, 64) has 768 scales, one of (3, 3, 64, 64) has 9, and a vector has one. Scales are int16
+    arrays with the leaf's number of axes, of size 1 along those that share: they broadcast against
+    their leaf and are sharded as it is.
+
+    =========  =====  ============  =================  ==============  =======================
+    moment     dtype  fine octaves  below the largest  coarse octaves  below the smallest code
+    =========  =====  ============  =================  ==============  =======================
+    μ, signed  int8   14            2⁻¹⁴               15              0 or that code
+    ν, ≥ 0     uint8  28            2⁻²⁸, √ν 2⁻¹⁴      31              that code; 0 stays 0
+    =========  =====  ============  =================  ==============  =======================
+
+    A step is 1/8 of the power of two below it. A positive ν never becomes 0, so that no update
+    loses its denominator: what is smaller than the smallest code is stored as it. NaN is stored as
+    0.
+
+    Attributes:
+      rounding: as in `Float`.
+      seed: as in `Float`.
+      smallest: as in `Float`.
+      axis: the axis along which elements share a scale: -1, or -2 where the columns of a matrix
+        differ more than its rows, as those of an output layer of shape (features, vocabulary) do;
+        `None` for one scale per leaf.
+
+    Raises:
+      ValueError: for an unknown rounding, another axis, or a negative size.
+      TypeError: if `seed` or `smallest` is no integer.
+    """
+
+    rounding: Rounding = "stochastic"
+    seed: int = 0
+    smallest: int = SMALLEST
+    axis: int | None = -1
+
+    def __post_init__(self) -> None:
+        if self.axis is not None:
+            if not isinstance(self.axis, (int, np.integer)) or self.axis not in (-1, -2):
+                raise ValueError(
+                    f"storage.Codes: axis: found {self.axis!r}; expected -1, -2 or None."
+                )
+            object.__setattr__(self, "axis", int(self.axis))
+        _check(self)
+
+
+def _check(form: Form) -> None:
+    caller = f"storage.{type(form).__name__}"
+    expect_one_of(f"{caller}: rounding", form.rounding, ("stochastic", "nearest"))
+    object.__setattr__(form, "seed", as_seed(f"{caller}: seed", form.seed))
+    expect_integer(f"{caller}: smallest", form.smallest)
+    if form.smallest < 0:
+        raise ValueError(f"{caller}: smallest: found {form.smallest}; expected 0 or more elements.")
+    object.__setattr__(form, "smallest", int(form.smallest))
+
+
+def _floating(dtype: Any, name: str) -> Any:
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            f"{name}: found {dtype!r}; expected a floating dtype such as jnp.bfloat16, or None for "
+            "float32."
+        )
+    if finfo(found).bits < 8 or np.zeros((), found) != 0:
+        raise ValueError(
+            f"{name}: found {dtype!r}, of less than 8 bits or without a zero; expected one such as "
+            "jnp.bfloat16."
+        )
+    return found
+
+
+Form: TypeAlias = Float | Codes
+
+
+Storage: TypeAlias = Literal["float32", "bfloat16", "8bit"] | Form | tuple[Any, Any]
+
+
+NAMED: dict[str, Form] = {"float32": Float(), "bfloat16": Float(jnp.bfloat16), "8bit": Codes()}
+
+
+def canonical(storage: Any) -> Any:
+    """Returns a storage under its name, if it has one.
+
+    So that `Codes()` and "8bit" make equal transformations.
+    """
+    if isinstance(storage, tuple):
+        return tuple(map(canonical, storage))
+    # A traced seed has no value to compare.
+    if not isinstance(storage, (Float, Codes)) or not isinstance(storage.seed, int):
+        return storage
+    return next((name for name, form in NAMED.items() if form == storage), storage)
+
+
+def resolve_storage(
+    storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None
+) -> tuple[Form, Form]:
+    """How μ and ν rest: `storage` for both or a pair of them, or.
+
+    As in Optax, a dtype for all leaves however small.
+
+    Raises:
+      ValueError: for what is no storage, or where a dtype is given beside a storage that says
+        otherwise.
+    """
+    pair = storage if isinstance(storage, tuple) else (storage, storage)
+    if len(pair) != 2:
+        raise ValueError(
+            f"storage: found a tuple of {len(pair)}; expected one storage, or a tuple of two (for "
+            "mu, for nu)."
+        )
+    chosen = []
+    for one, dtype, name in zip(pair, (mu_dtype, nu_dtype), ("mu_dtype", "nu_dtype"), strict=True):
+        form = NAMED.get(one) if isinstance(one, str) else one
+        if not isinstance(form, (Float, Codes)):
+            raise ValueError(
+                f"storage: found {brief(one)}; expected 'float32', 'bfloat16', '8bit', an object "
+                "of storage.Float or storage.Codes, or a tuple of two of these, for mu and nu."
+            )
+        if dtype is not None:
+            if form != Float():
+                raise ValueError(
+                    f"found both {name}={dtype!r} and storage={one!r}; expected one of them."
+                )
+            form = Float(_floating(dtype, name), smallest=0)
+        chosen.append(form)
+    return chosen[0], chosen[1]
