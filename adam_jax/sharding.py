@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from adam_jax._core.configuration import scalar_fields
 from adam_jax._core.errors import brief
 from adam_jax._core.leaves import PyTree, dtype_of
 from adam_jax._core.paths import Parameters, Shape, is_scale, owner
@@ -96,8 +97,10 @@ def state_shardings(
             f"{_listed(mesh.shape)}."
         )
 
-    leaves, structure = _flat(jax.eval_shape(tx.init, jax.tree.map(_abstract, params_or_shapes)))
-    shapes = Parameters({path: its.shape for path, its in parameters.items()})
+    state = jax.eval_shape(tx.init, jax.tree.map(_abstract, params_or_shapes))
+    leaves, structure = _flat(state)
+    own_shapes = {path: its.shape for path, its in parameters.items()}
+    shapes = Parameters(own_shapes, scalar_fields(tx, state))
     owners = [owner(path, leaf.shape, shapes) for path, leaf in leaves]
     owned: dict[Any, list[Shape]] = {path: [its.shape] for path, its in parameters.items()}
     for belongs, (path, leaf) in zip(owners, leaves, strict=True):

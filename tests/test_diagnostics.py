@@ -674,7 +674,7 @@ def test_off_it_is_not_there(monkeypatch):
     def never(*_):
         raise AssertionError("a probe where nothing observes")
 
-    for hook in ("__init__", "follow", "end", "group"):
+    for hook in ("__init__", "before", "end", "group"):
         monkeypatch.setattr(sampling.Probe, hook, never)
     lowered = step_of(tx).lower(*arguments)
     assert lowered.as_text() == text

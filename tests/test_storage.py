@@ -21,6 +21,7 @@ from adam_jax import storage
 from adam_jax.storage.codec import HALF, UNKNOWN, Codec, to_float, unpack
 from adam_jax.storage.formats import resolve_storage
 from adam_jax.storage.random_bits import random_bits
+from adam_jax.storage.slot import MomentSlot
 from benchmarks import outliers
 from benchmarks._training import small_digits
 
@@ -328,7 +329,7 @@ def mixed():
 
 def rests_of(how):
     mu, nu = resolve_storage(how)
-    return storage.MomentSlot("mu", mu), storage.MomentSlot("nu", nu, signed=False, turn=16)
+    return MomentSlot("mu", mu), MomentSlot("nu", nu, signed=False, turn=16)
 
 
 @pytest.mark.parametrize("how", NARROW.values(), ids=NARROW)
@@ -400,8 +401,7 @@ def test_which_elements_share_a_scale(shape):
     there are 128 elements.
     """
     found = [
-        storage.MomentSlot("mu", storage.Codes(axis=axis)).scale_shape(shape)
-        for axis in (-1, -2, None)
+        MomentSlot("mu", storage.Codes(axis=axis)).scale_shape(shape) for axis in (-1, -2, None)
     ]
     assert tuple(found) == ROWS[shape]
 
@@ -947,7 +947,7 @@ def test_a_pair_is_for_mu_and_for_nu_and_for_what_is_like_them():
 
 def test_yogi_starts_where_it_says_in_codes_too():
     state = aj.yogi(0.1, storage="8bit", initial_accumulator_value=1e-6).init(jnp.ones(WIDE))[0]
-    nu = storage.MomentSlot("nu", storage.Codes(), signed=False).widen(state.nu, state.scales)
+    nu = MomentSlot("nu", storage.Codes(), signed=False).widen(state.nu, state.scales)
     np.testing.assert_allclose(nu, np.full(WIDE, 1e-6), rtol=1 / 16)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -55,7 +55,8 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         for part in stages
     )
     interface = _check_order(stages)
-    earlier = list(itertools.accumulate(map(_names_of_stages, parts), initial=Counter()))
+    earlier = itertools.accumulate(map(_names_of_stages, parts), initial=Counter())
+    places = [_place(parts, i, names) for i, names in enumerate(earlier) if i < len(parts)]
 
     def init(params: PyTree) -> tuple[PyTree, ...]:
         def fit(i: int) -> PyTree:
@@ -96,24 +97,14 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             )
         around = Counter(context.earlier)
         new_state = []
-        for i, (part, before) in enumerate(zip(parts, state, strict=True)):
-            if inner.probe is not None:
-                inner.probe.follow(part, updates, before, params, inner)
-            inner = inner._replace(earlier=earlier[i] + around)
+        for place, before in zip(places, state, strict=True):
+            part, inner = place.part, inner._replace(earlier=place.earlier + around)
+            for interceptor in inner.interceptors:
+                interceptor.before(part, updates, before, params, inner)
             updates, after = call_update(part, updates, before, params, inner)
-            if isinstance(part, Transformation):
-                if part.interface.rate == "applies":
-                    inner = inner._replace(applied=True, learning_rate=_one_rate(part, before))
-                if _rounds(part):
-                    inner = inner._replace(rounded=True)
-            if not _applies(part) and hides_rate(part):
-                # A transformation of others may apply a rate unseen, but not where one of ours is
-                # still to come.
-                inner = inner._replace(
-                    applied=inner.applied or (False if any(map(_applies, parts[i + 1 :])) else None)
-                )
-            if inner.selector is not None and not is_chain(part):
-                after, updates = inner.selector.hold(after, before, updates)
+            inner = place.facts_behind(inner, before)
+            for interceptor in () if is_chain(part) else inner.interceptors:
+                after, updates = interceptor.after(after, before, updates)
             new_state.append(after)
         if not context.inside and interface.gives == "updates":
             updates = narrow(updates, incoming, params, interface.end == "rounds")
@@ -121,6 +112,41 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
 
     spec = Spec(chain, bind(chain, stages, {}), init, update, interface, tuple(stages))
     return transformation(spec)
+
+
+class _Place(NamedTuple):
+    """A part of a chain, and what its place in the chain says.
+
+    Attributes:
+      part: the transformation.
+      earlier: how many stages of each name stand before it.
+      applies: whether it applies the learning rate.
+      may_apply: whether it is of another library and may apply a learning rate unseen. It does not
+        where one of ours is still to come.
+      rounds: whether its updates must reach the parameters as they are.
+    """
+
+    part: Any
+    earlier: Counter[str]
+    applies: bool
+    may_apply: bool
+    rounds: bool
+
+    def facts_behind(self, context: Context, state: Any) -> Context:
+        """Returns what the parts behind this one have to know."""
+        if self.applies:
+            rate = _one_rate(self.part, state)
+            context = context._replace(applied=True, learning_rate=rate)
+        elif self.may_apply:
+            context = context._replace(applied=context.applied or None)
+        return context._replace(rounded=True) if self.rounds else context
+
+
+def _place(parts: Sequence[Any], i: int, earlier: Counter[str]) -> _Place:
+    part = parts[i]
+    hidden = not _applies(part) and hides_rate(part)
+    may_apply = hidden and not any(map(_applies, parts[i + 1 :]))
+    return _Place(part, earlier, _applies(part), may_apply, _rounds(part))
 
 
 def _one_rate(tx: Any, state: Any) -> Callable[[], Any] | None:

@@ -19,6 +19,9 @@ from adam_jax._core.spec import Definition, rewrapped, show, wrapped
 from adam_jax._core.transformation import Transformation
 from adam_jax.storage.slot import MomentSlot
 
+INSIDE = ("inner_state", "inner_states", "scales")
+"""The fields of states that hold other states, or the scales of moments."""
+
 
 class StageInstance(NamedTuple):
     """A stage, a wrapper or a transformation of another library, in its place in a configuration.
@@ -73,6 +76,29 @@ def gathering(tx: Any) -> list[str]:
     return [name for name, slot in slots_of(tx).items() if slot.gathers]
 
 
+def tracks(tx: Any) -> bool:
+    """Whether a stage makes moments of gradients. Its counter is that of the stages behind it."""
+    return isinstance(tx, Transformation) and (
+        tx.interface.gives == "moments" and tx.interface.takes != "moments"
+    )
+
+
+def scalar_fields(tx: Any, state: Any) -> tuple[str, ...]:
+    """Returns the places of the fields that hold nothing for each parameter.
+
+    Such fields are the counts, the debias factors and the records of wrappers. What is inside of
+    transformations of other libraries is not among them.
+    """
+    found = []
+    for place, _, part, own in iter_stages(tx, state):
+        definition = definition_of(part)
+        if definition is not None:
+            per_parameter = {slot.name for slot in definition.slots} | {*definition.trees, *INSIDE}
+            names = [name for name in getattr(own, "_fields", ()) if name not in per_parameter]
+            found += [f"{place}.{name}" for name in names]
+    return tuple(found)
+
+
 def iter_stages(
     tx: Any, state: Any, place: str = "", group: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
@@ -111,22 +137,22 @@ def rebuilt(tx: Any, states: Iterator[Any]) -> Any:
 def read_counters(tx: Any, state: Any) -> dict[str, str]:
     """Returns the counters that schedules read: the field by the place of the stage's state."""
     found: dict[str, str] = {}
-    moments, where = "", None
+    moments, counts = "", None
+    where: tuple[str, ...] | None = None
     for place, group, part, own in iter_stages(tx, state):
         definition = definition_of(part)
         if group != where:
-            moments, where = "", group
+            moments, counts, where = "", None, group
         if definition is None:
             continue
-        if definition.counter == "count":
-            moments = place
+        if tracks(part):
+            moments, counts = place, definition.counter
         if definition.hyperparameters.scheduled:
             # A stage without a counter reads that of the moments.
-            at, field = (
-                (moments, "count") if definition.counter is None else (place, definition.counter)
-            )
-            if definition.counter is None or getattr(own, field, None) is not None:
-                found[at] = field
+            if definition.counter is None and counts is not None:
+                found[moments] = counts
+            elif definition.counter and getattr(own, definition.counter, None) is not None:
+                found[place] = definition.counter
     return found
 
 

@@ -15,7 +15,18 @@ import numpy as np
 from adam_jax._core.leaves import PyTree
 
 
-class StepSelector:
+class Interceptor:
+    """What looks at the stages of a chain, or selects between their states. The chain calls it."""
+
+    def before(self, part: Any, updates: Any, state: Any, params: Any, context: Context) -> None:
+        """Is called with what a stage is about to get."""
+
+    def after(self, after: PyTree, before: PyTree, updates: Any) -> tuple[PyTree, Any]:
+        """Returns the state and the updates that go on from a stage that made `after`."""
+        return after, updates
+
+
+class StepSelector(Interceptor):
     """Whether a step is taken, and the choice between new and old arrays that follows.
 
     Args:
@@ -43,7 +54,7 @@ class StepSelector:
         self._chosen[id(chosen)] = chosen
         return chosen
 
-    def hold(self, after: PyTree, before: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
+    def after(self, after: PyTree, before: PyTree, updates: Any) -> tuple[PyTree, Any]:
         """The state after a step that may not be taken, and the updates with it.
 
         What is in both, a moment that flows on as it rests, is the chosen one in both. Otherwise
@@ -72,8 +83,8 @@ class Context(NamedTuple):
         stage need not.
       extra: the extra arguments of `update`, for stages of others.
       rounded: whether the updates step from one number of the parameters' dtype to another.
-      gate: what chooses between the new states of stages and the old, where a guard may skip the
-        step.
+      selector: what chooses between the new states of stages and the old, where a wrapper may skip
+        the step.
       probe: what looks at the values between stages, for `observe`.
       earlier: how many stages of each name stand before this one, in its chain and in those around
         it.
@@ -91,6 +102,11 @@ class Context(NamedTuple):
     probe: Any = None
     earlier: Mapping[str, int] = {}
     incoming: PyTree | None = None
+
+    @property
+    def interceptors(self) -> tuple[Interceptor, ...]:
+        """The probe and the selector, as far as they are there."""
+        return tuple(one for one in (self.probe, self.selector) if one is not None)
 
     def stream(self, name: str) -> str:
         """The name of a stage's random bits.

@@ -30,8 +30,8 @@ def mismatch(tx: Any, state: Any, place: str = "") -> str | None:
         ):
             return f"{at}{_a(state)}, where it keeps the states of {len(spec.stages)} stages"
         if len(state) != len(spec.stages):
-            found = f"the states of {len(state)} stages ({_kinds(state)})"
-            return f"{at}{found}, where it keeps {len(spec.stages)}"
+            states = f"the states of {len(state)} stages ({_kinds(state)})"
+            return f"{at}{states}, where it keeps {len(spec.stages)}"
         found = (
             mismatch(part, its, f"{place}[{i}]")
             for i, (part, its) in enumerate(zip(spec.stages, state, strict=True))

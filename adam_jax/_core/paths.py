@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -24,22 +24,6 @@ RAW = (GetAttrKey("value"), GetAttrKey("raw_value"))
 
 BOXES = ("Variable", "VariableState", "AxisMetadata")
 """The classes of Flax's boxes."""
-
-
-WHOLE = (
-    "count",
-    "step",
-    "weights",
-    "weight",
-    "average_weight",
-    "age",
-    "hyperparams",
-    "scales",
-    "norms",
-    "seen",
-)
-"""Fields of states that hold nothing of a parameter's shape but by chance: where all parameters are
-one array, for example."""
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -117,10 +101,17 @@ def is_box(node: Any) -> bool:
 
 
 class Parameters(dict[Any, Shape]):
-    """The shapes of parameters by their keys.
+    """The shapes of parameters by their keys, as `jax.tree_util.tree_flatten_with_path` gives them.
 
-    As `jax.tree_util.tree_flatten_with_path` gives these.
+    Args:
+      shapes: the shapes.
+      scalars: the places in a state that hold nothing for each parameter, as
+        `jax.tree_util.keystr` writes them.
     """
+
+    def __init__(self, shapes: Mapping[Any, Shape], scalars: Sequence[str] = ()) -> None:
+        super().__init__(shapes)
+        self.scalars = tuple(scalars)
 
     @functools.cached_property
     def by_name(self) -> dict[str, Any]:
@@ -144,10 +135,10 @@ def owner(path: Any, shape: Shape, parameters: Parameters) -> Any:
     """
     if is_scale(path):
         return parameters.by_name.get(path[-1].key)
+    if parameters.scalars and jax.tree_util.keystr(path).startswith(parameters.scalars):
+        return None
     # A scalar needs a name: what ends with no name is as likely a count.
     for start in range(len(path) + bool(shape)):
-        if any(isinstance(key, GetAttrKey) and key.name in WHOLE for key in path[:start]):
-            return None
         whole = parameters.get(path[start:])
         if (
             whole is not None

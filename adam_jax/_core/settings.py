@@ -18,6 +18,7 @@ from adam_jax._core.configuration import (
     iter_stages,
     read_counters,
     rebuilt,
+    tracks,
     with_inside,
 )
 from adam_jax._core.errors import brief
@@ -192,7 +193,7 @@ def _found(tx: Any, state: Any) -> Iterator[_Found]:
             continue
         if group != where:
             where, count = group, None
-        if definition.counter == "count":
+        if tracks(part):
             count = own.count  # of the moments: later stages read it as well
         reads = count if definition.counter is None else getattr(own, definition.counter, None)
         for short, its in definition.hyperparameters.items():

@@ -46,6 +46,23 @@ Init: TypeAlias = Callable[[PyTree], PyTree]
 Update: TypeAlias = Callable[[Any, Any, Any, Context], tuple[Any, Any]]
 
 
+class Follower(NamedTuple):
+    """A number in a stage's state that follows from the debias factor of a moment.
+
+    Attributes:
+      moment: "mu" or "nu".
+      meaning: what the number is, for reports.
+      ndim: how many dimensions it has before `reset` gave some leaves a start of their own. Then it
+        has one more, with an entry per leaf.
+      of_factor: (debias factor as two floats, 1 − decay of the moment, steps) -> the number.
+    """
+
+    moment: str
+    meaning: str
+    ndim: int
+    of_factor: Callable[[Any, Any, Any], Any]
+
+
 class Definition(NamedTuple):
     """What a stage says about itself.
 
@@ -56,6 +73,7 @@ class Definition(NamedTuple):
       hyperparameters: its numbers, schedules and settable values.
       counter: the field of the state from which schedules are read, such as "step" or "count";
         `None` if the stage reads the count of the moments.
+      follows: the fields that follow from the debias factor of a moment.
       root: of a stage that divides by ν, whether by its root.
       trees: the fields that hold something else for each parameter, by what `state_bytes` counts it
         as: "rounding" or "other".
@@ -69,6 +87,7 @@ class Definition(NamedTuple):
     slots: tuple[Any, ...] = ()
     hyperparameters: Hyperparameters = Hyperparameters()
     counter: str | None = "step"
+    follows: Mapping[str, Follower] = {}
     root: bool = True
     trees: Mapping[str, str] = {}
     corrects: tuple[str, ...] = ()

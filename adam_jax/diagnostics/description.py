@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from adam_jax._core.configuration import scalar_fields
 from adam_jax._core.errors import brief
 from adam_jax._core.hyperparams import Multiplied, Settable
 from adam_jax._core.leaves import PyTree, dtype_of, takes_part
@@ -146,12 +147,12 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
             f"after it.{hint}"
         )
     located = jax.tree_util.tree_flatten_with_path(params)[0]
-    shapes = Parameters({keys: np.shape(leaf) for keys, leaf in located})
+    state = abstract_state(tx, params, "describe")
+    own_shapes = {keys: np.shape(leaf) for keys, leaf in located}
+    shapes = Parameters(own_shapes, scalar_fields(tx, state))
     scales = dict.fromkeys(shapes, 0)
     kept: dict[Any, dict[str, Any]] = {keys: {} for keys in shapes}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract_state(tx, params, "describe"))[
-        0
-    ]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         belongs = owner(keys, leaf.shape, shapes)
         if belongs is not None and is_scale(keys):
             scales[belongs] += bytes_of(leaf)

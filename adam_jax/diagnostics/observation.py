@@ -30,8 +30,9 @@ from adam_jax._core.transformation import (
     expect_optimizer,
     transformation,
 )
+from adam_jax.diagnostics.measuring import measure, sights
 from adam_jax.diagnostics.metrics import METRICS
-from adam_jax.diagnostics.sampling import Probe, sights
+from adam_jax.diagnostics.sampling import Probe
 from adam_jax.wrappers.groups import only
 
 
@@ -153,7 +154,7 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
             probe.end(inner, updates, made, state.inner_state, params)
             found = {
                 f"{group}/{name}": x
-                for group, its in probe.seen().items()
+                for group, its in measure(probe).items()
                 for name, x in its.metrics().items()
             }
             # Of a group without parameters that train, and of what it has not, there is nothing to

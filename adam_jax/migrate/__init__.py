@@ -3,8 +3,9 @@
 Or afresh in part.
 """
 
-from adam_jax.migrate.convert import Converted, Entry, convert_state
+from adam_jax.migrate.convert import convert_state
 from adam_jax.migrate.optax import from_optax, to_optax
+from adam_jax.migrate.report import Converted, Entry
 from adam_jax.migrate.restart import reset
 from adam_jax.migrate.torch import from_torch, to_torch
 from adam_jax.migrate.torch_params import after_flatten, params_from_torch, params_to_torch

@@ -18,6 +18,7 @@ from adam_jax._core.configuration import (
     read_counters,
     rebuilt,
     slots_of,
+    tracks,
     with_inside,
 )
 from adam_jax._core.errors import brief
@@ -25,7 +26,6 @@ from adam_jax._core.identity import expect_arrays, expect_state, states_of
 from adam_jax._core.leaves import PyTree, narrower_than_float32, takes_part
 from adam_jax._core.paths import path_of
 from adam_jax._core.transformation import expect_transformation
-from adam_jax.stages.bias import LookAheadState, RectifyState
 from adam_jax.storage.slot import MomentSlot
 from adam_jax.storage.stored_leaf import StoredLeaf, narrow_to_nearest, repack_moment, unpack_moment
 
@@ -117,7 +117,7 @@ def _reset_state(
         definition, columns = definition_of(part), gathering(part)
         if moments and definition and definition.slots:
             node, its = _restart(node, part, place, moments)
-            if part.interface.gives == "moments" and part.interface.takes != "moments":
+            if tracks(part):
                 # What flows on to the stages behind: their memories of a weight start with the
                 # moments.
                 first = next(iter(its))
@@ -132,10 +132,12 @@ def _reset_state(
                             node.weights, 2, np.stack([marks[name] for name in columns]), split
                         )
                     )
-        elif moments and isinstance(node, LookAheadState) and node.weight is not None and marks:
-            node = node._replace(weight=_zeroed(node.weight, 1, marks["mu"], split))
-        elif moments and isinstance(node, RectifyState) and marks:
-            node = node._replace(age=_zeroed(node.age, 0, marks["nu"], split))
+        elif moments and definition and marks:
+            for field, follower in definition.follows.items():
+                value = getattr(node, field)
+                if value is not None:
+                    value = _zeroed(value, follower.ndim, marks[follower.moment], split)
+                    node = node._replace(**{field: value})
         count = reads.get(place.removeprefix(at))
         if counts and count and counts(f"{place}.{count}"):
             node = node._replace(**{count: jnp.zeros_like(getattr(node, count))})

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.special import xlogy
 
 from adam_jax._core.arithmetic import multiply, widen
 from adam_jax._core.context import Context
@@ -23,7 +24,7 @@ from adam_jax._core.hyperparams import (
 )
 from adam_jax._core.leaves import PyTree, scalar_dtype
 from adam_jax._core.lift import lift
-from adam_jax._core.spec import Definition
+from adam_jax._core.spec import Definition, Follower
 from adam_jax.stages.moments import (
     Moments,
     accumulate_weight,
@@ -159,7 +160,12 @@ def look_ahead(b1: ScalarOrSchedule | None = None) -> Definition:
         moments = moments._replace(mu=mu, mu_weight=jnp.ones_like(weight))
         return moments, state._replace(step=step, weight=weights)
 
-    return Definition(init, update, hyperparameters=hypers)
+    follower = Follower("mu", "the weight that the look ahead divides by", 1, _same_factor)
+    return Definition(init, update, hyperparameters=hypers, follows={"weight": follower})
+
+
+def _same_factor(factor: Array, rate: Array, steps: Array) -> Array:
+    return factor
 
 
 class RectifyState(NamedTuple):
@@ -219,4 +225,30 @@ def rectify(threshold: ScalarOrSchedule = 5.0) -> Definition:
         mu = lift(lambda grad, mu: multiply(mu, factor()), moments.grad, mu=moments.mu)
         return moments._replace(mu=mu, nu_ready=ready), state._replace(age=age)
 
-    return Definition(init, update, hyperparameters=hypers, counter=None)
+    follower = Follower("nu", "the mean age of ν", 0, _mean_age)
+    return Definition(init, update, hyperparameters=hypers, counter=None, follows={"age": follower})
+
+
+def _mean_age(factor: Array, rate: Array, steps: Array) -> Array:
+    """Returns the mean age of a ν.
+
+    A ν of t steps has the debias factor w = 1 − b2ᵗ and the mean age 1/(1 − b2) − t·b2ᵗ/w. For a
+    young one that is a difference of large numbers. With x = −log b2, X = t·x and 1/(1 − e⁻ˣ) =
+    1/x + 1/2 + x/12 − x³/720 …, these cancel.
+
+    Args:
+      factor: the debias factor, as two floats.
+      rate: 1 − b2.
+      steps: t.
+    """
+    high, low = factor
+    left, per_step, in_all = (1 - high) - low, -jnp.log1p(-rate), -jnp.log1p(-high)
+    long = 1 / rate + xlogy(left, left) / (per_step * jnp.where(high > 0, high, 1))
+
+    def cubic(x: Array) -> Array:
+        return x / 12 - x**3 / 720
+
+    t = in_all / per_step
+    young = (t + 1) / 2 + cubic(per_step) - t * cubic(in_all)
+    age = jnp.where(in_all < 0.5, young, long)
+    return jnp.where(high > 0, jnp.clip(age, 1, steps.astype(high.dtype)), 0)

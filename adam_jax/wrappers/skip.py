@@ -131,7 +131,7 @@ def _guard(make: Callable[P, _Guard]) -> Callable[P, Transformation]:
                 inner, updates, state.inner_state, params, context._replace(selector=selector)
             )
             if not is_chain(inner):
-                after, made = selector.hold(after, state.inner_state, made)
+                after, made = selector.after(after, state.inner_state, made)
             consecutive = jnp.where(takes, 0, increment(state.consecutive))
             if check:
                 checkify.check(
