@@ -466,7 +466,8 @@ import jax
 from pathlib import Path
 from adam_jax._cli import choices, demo
 from adam_jax._cli.data import read
-from adam_jax.__main__ import _check_devices, main
+from adam_jax._cli.main import main
+from adam_jax._cli.training import _check_devices
 
 tests, path, output = {paths!r}
 _check_devices(2)
@@ -493,7 +494,7 @@ assert main(["--data", path, "--devices", "2", "--batch-size", "16", "--steps", 
 """
 THERE = """
 import jax
-from adam_jax.__main__ import _check_devices
+from adam_jax._cli.training import _check_devices
 
 assert len(jax.devices()) == 2
 _check_devices(2)

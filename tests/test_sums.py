@@ -79,8 +79,8 @@ def test_nan_stays_and_nothing_is_zero():
         jax.jit(lambda numbers: [f(x) for x in numbers for f in (mean, norm)])(numbers)
     ).all()
     nothing = jnp.zeros((0, 3))
-    mean, norm, columns = jax.jit(lambda: (mean(nothing), norm(nothing), mean(nothing, (0,))))()
-    assert mean == norm == 0
+    whole, length, columns = jax.jit(lambda: (mean(nothing), norm(nothing), mean(nothing, (0,))))()
+    assert whole == length == 0
     assert columns.tolist() == [[0, 0, 0]]
 
 

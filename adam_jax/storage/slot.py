@@ -223,8 +223,8 @@ class MomentSlot:
           scales: those of `before`.
           count: the step, for the random bits.
           stream: the name of the stage's random bits, as `Context.stream` gives it.
-          selector: what chooses between new and old, where a wrapper may skip the step: here, before
-            the largest code is looked for.
+          selector: what chooses between new and old, where a wrapper may skip the step: here,
+            before the largest code is looked for.
         """
         paths = names(before)
         resting = iter(zip(paths, jax.tree.leaves(before), strict=True))
