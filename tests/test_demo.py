@@ -26,9 +26,11 @@ from helpers import same
 import adam_jax
 from adam_jax._cli import choices, demo
 from adam_jax._cli.choices import OPTIMIZERS
+from adam_jax._cli.course import GOAL, RATES
 from adam_jax._cli.data import check, digits, read
 from adam_jax._cli.main import main
 from adam_jax._cli.network import convolve
+from adam_jax._cli.setting import batches, prepare
 
 pytest.importorskip("rich")
 
@@ -122,7 +124,7 @@ def table(out):
 def test_digits_with_the_default_optimizers(demonstrate, quick):
     out, figure = demonstrate()
     assert list(table(out)) == ["sgd", "momentum", "rmsprop", "adam"]
-    assert all(float(rate.strip("*")) in demo.RATES for rate, *_ in table(out).values())
+    assert all(float(rate.strip("*")) in RATES for rate, *_ in table(out).values())
     assert "\x1b" not in out
     assert out.startswith("sgd: compiling 10 rates\nsgd: trying 10 rates\n")
     assert "best rate" in out
@@ -153,18 +155,18 @@ def test_every_member_trains_and_is_drawn(demonstrate, write, quick):
 
 
 def test_adam_learns(write):
-    setting = demo.prepare(read(write()), steps=30, batch_size=16, seed=0, sweeps=True)
+    setting = prepare(read(write()), steps=30, batch_size=16, seed=0, sweeps=True)
     course = demo.run(adam_jax.adam, setting, None, lambda *_: None)
     assert course.loss < 0.2 * course.losses[0]
     assert course.accuracy == course.accuracies[-1] == 1.0
     assert course.steps[0] == 0
     assert course.steps[-1] == 30
-    assert course.accuracies[course.steps.index(course.steps_to_goal)] >= demo.GOAL
+    assert course.accuracies[course.steps.index(course.steps_to_goal)] >= GOAL
     assert course.seconds > 0
 
 
 def test_all_start_alike_and_repeat_exactly(write, quick):
-    setting = demo.prepare(read(write()), steps=5, batch_size=16, seed=3, sweeps=False)
+    setting = prepare(read(write()), steps=5, batch_size=16, seed=3, sweeps=False)
     first, again = (demo.run(adam_jax.adam, setting, 0.01, lambda *_: None) for _ in range(2))
     other = demo.run(adam_jax.rmsprop, setting, 0.01, lambda *_: None)
     assert first.losses == again.losses
@@ -186,8 +188,8 @@ def test_the_convolution_is_that_of_flax():
 
 def test_the_sweep_trains_each_rate_as_it_would_alone(write, quick):
     """Mapped over rates, training ends where it ends with one of them."""
-    setting = demo.prepare(read(write()), steps=4, batch_size=16, seed=0, sweeps=True)
-    order = demo._batches(setting, setting.fit)
+    setting = prepare(read(write()), steps=4, batch_size=16, seed=0, sweeps=True)
+    order = batches(setting, setting.fit)
     begin, advance = demo._trainer(adam_jax.adam, setting.network)
     rates = jnp.array([1e-3, 1e-2, 1e-1])
     data = *map(jnp.asarray, setting.data[:2]), order, 0, 4
@@ -201,7 +203,7 @@ def test_the_sweep_does_not_look_at_test_images(write, quick):
     chosen = {
         demo.sweep(
             OPTIMIZERS["sgd"],
-            demo.prepare(read(write(y_test=labels)), 8, 16, 0, sweeps=True),
+            prepare(read(write(y_test=labels)), 8, 16, 0, sweeps=True),
             lambda *_: None,
         )
         for labels in (IMAGES["y_test"], 1 - IMAGES["y_test"])
@@ -211,7 +213,7 @@ def test_the_sweep_does_not_look_at_test_images(write, quick):
 
 def test_rates_that_diverge_lose(write, quick, monkeypatch):
     monkeypatch.setattr(demo, "RATES", (1e-3, 1e-2, 1e37))
-    setting = demo.prepare(read(write()), 8, 16, 0, sweeps=True)
+    setting = prepare(read(write()), 8, 16, 0, sweeps=True)
     assert demo.run(OPTIMIZERS["sgd"], setting, None, lambda *_: None).rate == 1e-2
 
 
@@ -419,7 +421,7 @@ def low(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "Network", Hidden)
         for precision, (dtype, _) in choices.PRECISIONS.items():
-            setting = demo.prepare(data, 100, 16, 0, sweeps=False, dtype=dtype)
+            setting = prepare(data, 100, 16, 0, sweeps=False, dtype=dtype)
             kept, make = (
                 Kept(),
                 choices.factory("adam", choices.storage("bfloat16, 8bit"), precision),
@@ -466,18 +468,20 @@ import jax
 from pathlib import Path
 from adam_jax._cli import choices, demo
 from adam_jax._cli.data import read
+from adam_jax._cli import setting as shared
+from adam_jax._cli.setting import prepare
 from adam_jax._cli.main import main
-from adam_jax._cli.training import _check_devices
+from adam_jax._cli.options import check_devices
 
 tests, path, output = {paths!r}
-_check_devices(2)
+check_devices(2)
 sys.path.insert(0, tests)
 from test_demo import Hidden, Kept
 
-demo.Network = Hidden
+shared.Network = Hidden
 courses = []
 for devices in (1, 2):
-    setting = demo.prepare(read(Path(path)), 10, 16, 0, sweeps=False, devices=devices)
+    setting = prepare(read(Path(path)), 10, 16, 0, sweeps=False, devices=devices)
     kept = Kept()
     make = choices.factory("adam", "float32", "float32")
     courses.append(demo.run(make, setting, 0.01, lambda *_: None, kept))
@@ -494,10 +498,10 @@ assert main(["--data", path, "--devices", "2", "--batch-size", "16", "--steps", 
 """
 THERE = """
 import jax
-from adam_jax._cli.training import _check_devices
+from adam_jax._cli.options import check_devices
 
 assert len(jax.devices()) == 2
-_check_devices(2)
+check_devices(2)
 """
 
 
@@ -536,7 +540,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(write):
     with pytest.raises(
         ValueError, match="--batch-size: found 16; expected a multiple of the 3 devices"
     ):
-        demo.prepare(read(write()), 2, 16, 0, sweeps=False, devices=3)
+        prepare(read(write()), 2, 16, 0, sweeps=False, devices=3)
 
 
 # Checkpoints
@@ -588,7 +592,7 @@ def alike(ours, theirs):
 )
 def test_an_interrupted_run_ends_with_the_same_bits(write, wide, keep, name, storage, precision):
     dtype, _ = choices.PRECISIONS[precision]
-    setting = demo.prepare(read(write()), 14, 16, 0, sweeps=False, dtype=dtype)
+    setting = prepare(read(write()), 14, 16, 0, sweeps=False, dtype=dtype)
     make = choices.factory(name, choices.storage(storage), precision)
     for fails in (7, 10):
         with pytest.raises(Interrupted):
@@ -598,7 +602,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(write, wide, keep, name, sto
 
 def test_a_state_without_codes_is_kept_too(write, quick, keep):
     """Its scales are an array without elements, of which Orbax takes none."""
-    setting = demo.prepare(read(write()), 8, 16, 0, sweeps=False)
+    setting = prepare(read(write()), 8, 16, 0, sweeps=False)
     make = choices.factory("adam", "8bit", "float32")
     with pytest.raises(Interrupted):
         keep(make, setting, 0.01, "run", fails=5)
@@ -606,7 +610,7 @@ def test_a_state_without_codes_is_kept_too(write, quick, keep):
 
 
 def test_the_rate_that_a_sweep_chose_is_kept(write, quick, keep, monkeypatch):
-    setting = demo.prepare(read(write()), 8, 16, 0, sweeps=True)
+    setting = prepare(read(write()), 8, 16, 0, sweeps=True)
     make = OPTIMIZERS["sgd"]
     whole = keep(make, setting, None)
     with pytest.raises(Interrupted):
@@ -696,7 +700,7 @@ def test_checkpoints_of_another_run_are_refused(logged, refusal, write, quick):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(
     write, wide, keep, tmp_path
 ):
-    setting = demo.prepare(read(write()), 12, 16, 0, sweeps=False)
+    setting = prepare(read(write()), 12, 16, 0, sweeps=False)
     whole = keep(adam_jax.adam, setting, 0.01, "run")
     parts = [
         path
@@ -938,7 +942,7 @@ def test_describe_weighs_the_network(capsys):
     params = jax.eval_shape(
         lambda: jax.tree.map(
             lambda leaf: leaf.astype(jnp.bfloat16),
-            demo.prepare(digits(), 1, 1, 0, sweeps=False).params,
+            prepare(digits(), 1, 1, 0, sweeps=False).params,
         )
     )
     audit = adam_jax.state_bytes(tx, params)

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import adam_jax
-from adam_jax._cli import doctor
+from adam_jax._cli import checks, doctor
 from adam_jax._cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 def verdicts(*names):
     """Of some checks."""
-    checks = {check.name: check for check in doctor._checks()}
-    return {name: doctor._run(checks[name])["ok"] for name in names}
+    by_name = {check.name: check for check in doctor.all_checks()}
+    return {name: checks.run_check(by_name[name])["ok"] for name in names}
 
 
 def test_all_is_well_here(capsys):
@@ -58,7 +58,7 @@ def test_x64_and_the_environment_are_seen(x64, monkeypatch):
 
 def test_the_table_is_plain_when_piped_and_drawn_in_a_terminal(capsys, monkeypatch):
     pytest.importorskip("rich")
-    monkeypatch.setattr(doctor, "_checks", lambda: _doctor_checks()[:1])
+    monkeypatch.setattr(doctor, "all_checks", lambda: _doctor_checks()[:1])
     assert main(["doctor"]) == 0
     plain = capsys.readouterr().out
     assert "\x1b" not in plain
@@ -75,7 +75,7 @@ def test_the_table_is_plain_when_piped_and_drawn_in_a_terminal(capsys, monkeypat
     assert "\x1b[" in sys.stdout.getvalue()
 
 
-_doctor_checks = doctor._checks
+_doctor_checks = doctor.all_checks
 
 
 def test_what_is_not_installed_says_what_it_would_give(capsys, monkeypatch):
@@ -87,7 +87,7 @@ def test_what_is_not_installed_says_what_it_would_give(capsys, monkeypatch):
         return found(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(doctor, "_checks", list)
+    monkeypatch.setattr(doctor, "all_checks", list)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert 'not installed  event files: --log-dir: pip install -e ".[log]"' in said
@@ -95,9 +95,9 @@ def test_what_is_not_installed_says_what_it_would_give(capsys, monkeypatch):
 
 
 def test_a_failure_says_what_to_do(capsys, monkeypatch):
-    failing = doctor._Check("a check", lambda: (False, "no good"), "Mend it")
-    raising = doctor._Check("another", lambda: 1 // 0, "Divide by less")
-    monkeypatch.setattr(doctor, "_checks", lambda: [failing, raising])
+    failing = checks._Check("a check", lambda: (False, "no good"), "Mend it")
+    raising = checks._Check("another", lambda: 1 // 0, "Divide by less")
+    monkeypatch.setattr(doctor, "all_checks", lambda: [failing, raising])
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "FAILED  no good\n" in said
@@ -108,34 +108,34 @@ def test_a_failure_says_what_to_do(capsys, monkeypatch):
 
 def test_the_oldest_versions_are_those_of_the_project():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert [f"{name}>={least}" for name, least in doctor.OLDEST.items()] == wanted
+    assert [f"{name}>={least}" for name, least in checks.OLDEST.items()] == wanted
 
 
 @pytest.mark.parametrize(
     ("version", "ok"), [("0.5.3", False), ("0.6.0", True), ("0.10.0.dev1", True), ("1.0", True)]
 )
 def test_an_old_version_fails(monkeypatch, version, ok):
-    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "jax" else "9.9.9")
-    found, said = doctor._new_enough()
+    monkeypatch.setattr(checks, "version_of", lambda name: version if name == "jax" else "9.9.9")
+    found, said = checks._new_enough()
     assert found is ok
     assert ok or said.startswith("jax 0.5.3 is older than")
 
 
 def test_the_exact_path_is_adams(standard_promotion):
-    gradients = doctor._gradients()
-    tx, at = optax.adam(doctor.RATE, doctor.B1, doctor.B2, doctor.EPS), jnp.zeros(doctor.SHAPE)
+    gradients = checks._gradients()
+    tx, at = optax.adam(checks.RATE, checks.B1, checks.B2, checks.EPS), jnp.zeros(checks.SHAPE)
     state = tx.init(at)
     for grads in gradients:
         updates, state = tx.update(grads, state)
         at = optax.apply_updates(at, updates)
-    np.testing.assert_allclose(at, doctor._exact(gradients), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(at, checks._exact(gradients), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"b2": 0.99}, {"b1": 0.8}, {"learning_rate": 0.02}], ids=str)
 def test_wrong_numbers_fail(monkeypatch, wrong):
-    adam, defaults = adam_jax.adam, {"learning_rate": doctor.RATE, "b1": doctor.B1, "b2": doctor.B2}
+    adam, defaults = adam_jax.adam, {"learning_rate": checks.RATE, "b1": checks.B1, "b2": checks.B2}
     monkeypatch.setattr(
-        doctor, "adam", lambda *_, storage: adam(**(defaults | wrong), storage=storage)
+        checks, "adam", lambda *_, storage: adam(**(defaults | wrong), storage=storage)
     )
     found = verdicts("Adam, float32 moments", "Adam, bfloat16 moments", "Adam, 8bit moments")
     assert not found["Adam, float32 moments"]

@@ -290,7 +290,7 @@ NEVER = {
     "joblib", "socket", "ssl", "http", "urllib", "requests", "subprocess", "ctypes", "system",
     "popen", "write_text", "write_bytes",
 }  # fmt: skip
-ASKED = {"training.py": {"open"}, "data.py": {"open"}}
+ASKED = {"options.py": {"open"}, "data.py": {"open"}}
 """What a user asks for: the demo's figure, whose file is opened before the work is done, and its
 data."""
 

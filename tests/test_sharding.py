@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adam_jax as aj
-from adam_jax.storage.codec import unpack
+from adam_jax.storage.scales import unpack
 
 MEMBERS = aj.family.__all__
 STORAGES = ("float32", "bfloat16", "8bit")

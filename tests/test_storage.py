@@ -18,9 +18,10 @@ from helpers import QUICKLY, avals, normals, refused, same
 
 import adam_jax as aj
 from adam_jax import storage
-from adam_jax.storage.codec import HALF, UNKNOWN, Codec, to_float, unpack
+from adam_jax.storage.codec import HALF, Codec, to_float
 from adam_jax.storage.formats import resolve_storage
 from adam_jax.storage.random_bits import random_bits
+from adam_jax.storage.scales import UNKNOWN, unpack
 from adam_jax.storage.slot import MomentSlot
 from benchmarks import outliers
 from benchmarks._training import small_digits

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from adam_jax._cli.demo import Progress
+from adam_jax._cli.course import Progress
 
 
 class Checkpoints:

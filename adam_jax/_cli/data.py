@@ -12,7 +12,6 @@ import numpy as np
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
-
 # Pixels: larger images are halved until they fit, so that a sweep over MNIST takes a minute or two
 LARGEST = 16
 

@@ -8,12 +8,11 @@ the final run.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,192 +22,20 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import adam_jax
-from adam_jax._cli.data import Data
+from adam_jax._cli.course import RATES, Course, Factory, Keeper, Log, Progress, Tell
+from adam_jax._cli.evaluation import evaluate, logits
 from adam_jax._cli.network import Network
-from adam_jax._core.leaves import as_wide
-
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-
-
-GOAL = 0.95
-
+from adam_jax._cli.setting import MOST, Setting, batches
 
 EVALUATIONS = 50
-
-
-SLICE = 512  # images evaluated at once
-
 
 # Evaluations at the end of a sweep whose mean chooses the rate, so that one lucky step does not
 LAST = 5
 
-
-# Images that validate a rate or draw a curve: enough to tell, and little beside the training on
-# MNIST
-MOST = 1000
-
-
-Factory: TypeAlias = Callable[[Any], optax.GradientTransformationExtraArgs]
-
-
-Tell: TypeAlias = Callable[[str, int], None]
-
-
-Log: TypeAlias = Callable[[int, Mapping[str, float]], None]
-
-
 # Some versions of JAX leave these without types.
 _wait: Callable[[Any], Any] = jax.block_until_ready
 
-
 _spec: Any = PartitionSpec
-
-
-class Course(NamedTuple):
-    """What one optimizer did.
-
-    Attributes:
-      rate: its learning rate.
-      edge: "smallest" or "largest" if the sweep chose the end of its range, where a better rate may
-        lie beyond; else "".
-      steps, losses, accuracies: the curves: training loss and test accuracy after so many steps, on
-        at most `MOST` images.
-      loss: the training loss at the end, on the first 10,000 training images.
-      accuracy: the test accuracy at the end, on all test images.
-      seconds: spent on the steps of the final run, neither compiling nor evaluating.
-    """
-
-    rate: float
-    edge: str
-    steps: list[int]
-    losses: list[float]
-    accuracies: list[float]
-    loss: float
-    accuracy: float
-    seconds: float
-
-    @property
-    def steps_to_goal(self) -> int | None:
-        """The first evaluated step at which the test accuracy was at least `GOAL`."""
-        return next(
-            (
-                step
-                for step, found in zip(self.steps, self.accuracies, strict=True)
-                if found >= GOAL
-            ),
-            None,
-        )
-
-
-class Progress(NamedTuple):
-    """What a run has to show so far, as in `Course`.
-
-    And all that it goes on from beside its arrays.
-    """
-
-    rate: float
-    edge: str
-    steps: list[int]
-    losses: list[float]
-    accuracies: list[float]
-    seconds: float
-
-
-class Keeper(Protocol):
-    """What keeps a run: what it goes on from, where there is something.
-
-    And what is saved as it goes.
-    """
-
-    progress: Progress | None
-
-    def load(self, like: Any) -> Any:
-        """The arrays that belong to `progress`."""
-
-    def save(self, carry: Any, progress: Progress, last: bool) -> None:
-        """Takes the arrays, unchanged until they are written, after an evaluation.
-
-        `last`: the run is over.
-        """
-
-
-class Setting(NamedTuple):
-    """What all optimizers share.
-
-    `fit` and `validation` are indices into the training images, `devices` how many train.
-    """
-
-    network: Network
-    params: Any
-    data: Data
-    fit: np.ndarray
-    validation: np.ndarray
-    steps: int
-    batch_size: int
-    seed: int
-    devices: int = 1
-
-
-def prepare(
-    data: Data,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    sweeps: bool,
-    dtype: Any = jnp.float32,
-    devices: int = 1,
-) -> Setting:
-    """Makes the network, its start, and the split of the training images.
-
-    Some images are to be fitted, the others choose the learning rate.
-
-    Args:
-      data: the images.
-      steps: of the final run, and of each rate of the sweep.
-      batch_size: images a step.
-      seed: of start, batches and split.
-      sweeps: whether images are held out to choose the rate.
-      dtype: of the parameters.
-      devices: how many train together.
-
-    Raises:
-      ValueError: if a batch is larger than the set that it is drawn from, or cannot be cut into a
-        part for each device.
-    """
-    network = Network(int(data.y_train.max()) + 1)
-    order = np.random.default_rng(seed).permutation(len(data.x_train))
-    held = min(max(len(order) // 5, 1), MOST) if sweeps else 0
-    if batch_size > len(order) - held:
-        aside = f" ({held} more are held out to choose the rate)" if held else ""
-        raise ValueError(
-            f"--batch-size: found {batch_size}; expected at most the {len(order) - held} training "
-            f"images{aside}"
-        )
-    if batch_size % devices:
-        raise ValueError(
-            f"--batch-size: found {batch_size}; expected a multiple of the {devices} devices"
-        )
-    key = jax.random.key(
-        seed, impl="rbg"
-    )  # on the CPU the default generator takes seconds more to compile
-    params = jax.tree.map(
-        lambda leaf: leaf.astype(dtype), jax.jit(network.init)(key, data.x_train[:1])
-    )
-    return Setting(
-        network, params, data, order[held:], order[:held], steps, batch_size, seed, devices
-    )
-
-
-def shapes(dtype: Any) -> Any:
-    """The shapes of the network's parameters for `digits`.
-
-    Of which nothing is read and nothing made.
-    """
-
-    def make(key: Array, images: Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), Network(10).init(key, images))
-
-    return jax.eval_shape(make, jax.random.key(0, impl="rbg"), jnp.zeros((1, 8, 8, 1)))
 
 
 def run(
@@ -255,7 +82,7 @@ def sweep(make: Factory, setting: Setting, tell: Tell) -> int:
     """
     tell(f"compiling {len(RATES)} rates", 0)
     x, y = setting.data.x_train, setting.data.y_train
-    images, labels, order = jnp.asarray(x), jnp.asarray(y), _batches(setting, setting.fit)
+    images, labels, order = jnp.asarray(x), jnp.asarray(y), batches(setting, setting.fit)
     held_out = x[setting.validation], y[setting.validation]
     rates = jnp.asarray(RATES, jnp.float32)
     begin, advance = _trainer(make, setting.network)
@@ -269,7 +96,7 @@ def sweep(make: Factory, setting: Setting, tell: Tell) -> int:
         if (first, last) in chunks[-LAST:]:
             stacked = jax.device_get(carry[0])
             each = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(len(RATES))]
-            losses.append([_evaluate(setting.network, params, *held_out)[0] for params in each])
+            losses.append([evaluate(setting.network, params, *held_out)[0] for params in each])
         tell(f"trying {len(RATES)} rates", int(last))
     mean = np.mean(losses, axis=0)
     # A rate that diverged is infinitely bad; if all did, the smallest is the one to show.
@@ -297,7 +124,7 @@ def train(
         (data.x_train, data.y_train, np.float32(rate)), everywhere
     )
     order = jax.device_put(
-        _batches(setting, np.arange(len(images))), NamedSharding(mesh, _spec(None, "data"))
+        batches(setting, np.arange(len(images))), NamedSharding(mesh, _spec(None, "data"))
     )
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -327,8 +154,8 @@ def train(
             continue
         seconds = progress.seconds + (time.perf_counter() - begun if last else 0.0)
         params = jax.device_get(carry[0])  # or each device would evaluate all images
-        loss = _evaluate(network, params, data.x_train[:MOST], data.y_train[:MOST])[0]
-        accuracy = _evaluate(network, params, data.x_test[:MOST], data.y_test[:MOST])[1]
+        loss = evaluate(network, params, data.x_train[:MOST], data.y_train[:MOST])[0]
+        accuracy = evaluate(network, params, data.x_test[:MOST], data.y_test[:MOST])[1]
         progress = Progress(
             rate,
             edge,
@@ -346,8 +173,8 @@ def train(
             keeper.save(carry, progress, int(last) == setting.steps)
         tell(f"training at rate {rate:g}", int(last))
     params = jax.device_get(carry[0])
-    loss = _evaluate(network, params, data.x_train[:10_000], data.y_train[:10_000])[0]
-    accuracy = _evaluate(network, params, data.x_test, data.y_test)[1]
+    loss = evaluate(network, params, data.x_train[:10_000], data.y_train[:10_000])[0]
+    accuracy = evaluate(network, params, data.x_test, data.y_test)[1]
     return Course(
         rate,
         edge,
@@ -390,9 +217,9 @@ def _trainer(make: Factory, network: Network) -> tuple[Callable[..., Any], Calla
         optimizer = make(rate)
 
         def loss(params: Any, chosen: Array) -> Array:
-            logits = _logits(network, params, images[chosen])
+            scores = logits(network, params, images[chosen])
             mean: Array = optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels[chosen]
+                scores, labels[chosen]
             ).mean()
             return mean
 
@@ -407,51 +234,6 @@ def _trainer(make: Factory, network: Network) -> tuple[Callable[..., Any], Calla
         return jax.lax.fori_loop(first, last, step, carry)
 
     return begin, advance
-
-
-def _logits(network: Network, params: Any, images: Array) -> Any:
-    """Computed in float32 from parameters of any dtype.
-
-    So that what sets two runs apart is how their parameters round.
-    """
-    return network.apply(jax.tree.map(as_wide, params), images)
-
-
-def _evaluate(
-    network: Network, params: Any, images: np.ndarray, labels: np.ndarray
-) -> tuple[float, float]:
-    """The mean loss and the accuracy, in slices of one size.
-
-    So that every set of images shares one compiled function.
-    """
-    total, right = 0.0, 0
-    for start in range(0, len(images), SLICE):
-        x, y = images[start : start + SLICE], labels[start : start + SLICE]
-        absent = SLICE - len(x)
-        x = np.pad(x, ((0, absent), (0, 0), (0, 0), (0, 0)))
-        losses, hits = jax.device_get(_score(network, params, x, np.pad(y, (0, absent))))
-        total += float(losses[: len(y)].sum(dtype=np.float64))
-        right += int(hits[: len(y)].sum())
-    return total / len(images), right / len(images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score(network: Network, params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
-    logits = _logits(network, params, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(
-        -1
-    ) == labels
-
-
-def _batches(setting: Setting, indices: np.ndarray) -> Array:
-    """The images of each step, (steps, batch_size).
-
-    Every image once, in random order, before any comes again.
-    """
-    random = np.random.default_rng(setting.seed)
-    wanted = setting.steps * setting.batch_size
-    epochs = [random.permutation(indices) for _ in range(-(-wanted // len(indices)))]
-    return jnp.asarray(np.concatenate(epochs)[:wanted].reshape(setting.steps, -1), jnp.int32)
 
 
 def _chunks(steps: int) -> list[tuple[Any, Any]]:

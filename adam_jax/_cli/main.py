@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 import adam_jax
 from adam_jax._cli import choices
 from adam_jax._cli.choices import PRECISIONS
-from adam_jax._cli.training import (
+from adam_jax._cli.options import (
     Parser,
     add_precision_options,
     check_extras,
     check_precision,
     check_rate,
-    train,
 )
+from adam_jax._cli.training import train
 from adam_jax.diagnostics.table import show_drawing
 
 
@@ -52,10 +52,10 @@ def describe(arguments: Sequence[str]) -> int:
         check_extras(["flax"], "demo")
     except ValueError as error:
         parser.error(str(error))
-    from adam_jax._cli import demo
+    from adam_jax._cli.setting import shapes
 
     tx = choices.factory(name, storage, options.precision)(options.learning_rate)
-    found = adam_jax.describe(tx, demo.shapes(PRECISIONS[options.precision][0]))
+    found = adam_jax.describe(tx, shapes(PRECISIONS[options.precision][0]))
     if options.json:
         sys.stdout.write(json.dumps({"optimizer": str(tx)} | found.as_dict(), indent=2) + "\n")
     else:

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from adam_jax._cli.demo import GOAL, Course
+from adam_jax._cli.course import GOAL, Course
 from adam_jax.diagnostics.plots import COLOURS, STYLES
 from adam_jax.diagnostics.table import write_table
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from adam_jax._core.slots import Slot
 from adam_jax._core.spec import Definition, rewrapped, show, wrapped
 from adam_jax._core.transformation import Transformation
-from adam_jax.storage.slot import MomentSlot
 
 INSIDE = ("inner_state", "inner_states", "scales")
 """The fields of states that hold other states, or the scales of moments."""
@@ -52,7 +52,7 @@ class StageInstance(NamedTuple):
         return definition_of(self.tx)
 
     @property
-    def slots(self) -> dict[str, MomentSlot]:
+    def slots(self) -> dict[str, Slot]:
         """Its moments, by field."""
         return slots_of(self.tx)
 
@@ -65,7 +65,7 @@ def definition_of(tx: Any) -> Definition | None:
     return tx.init.spec.definition if isinstance(tx, Transformation) else None
 
 
-def slots_of(tx: Any) -> dict[str, MomentSlot]:
+def slots_of(tx: Any) -> dict[str, Slot]:
     """The moments of a stage, by field."""
     definition = definition_of(tx)
     return {slot.name: slot for slot in definition.slots} if definition else {}

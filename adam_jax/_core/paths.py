@@ -17,10 +17,8 @@ from adam_jax._core.leaves import PyTree
 
 Shape: TypeAlias = tuple[int, ...]
 
-
 RAW = (GetAttrKey("value"), GetAttrKey("raw_value"))
 """What Flax puts behind the name of a boxed array."""
-
 
 BOXES = ("Variable", "VariableState", "AxisMetadata")
 """The classes of Flax's boxes."""

@@ -17,6 +17,7 @@ import optax
 from adam_jax._core.context import Context
 from adam_jax._core.hyperparams import Hyperparameters
 from adam_jax._core.leaves import PyTree
+from adam_jax._core.slots import Slot
 
 
 class Interface(NamedTuple):
@@ -41,7 +42,6 @@ class Interface(NamedTuple):
 
 
 Init: TypeAlias = Callable[[PyTree], PyTree]
-
 
 Update: TypeAlias = Callable[[Any, Any, Any, Context], tuple[Any, Any]]
 
@@ -84,7 +84,7 @@ class Definition(NamedTuple):
 
     init: Init
     update: Update
-    slots: tuple[Any, ...] = ()
+    slots: tuple[Slot, ...] = ()
     hyperparameters: Hyperparameters = Hyperparameters()
     counter: str | None = "step"
     follows: Mapping[str, Follower] = {}

@@ -120,7 +120,6 @@ class Description(NamedTuple):
 
 HEADS = ("path", "shape", "dtype", "group", "state", "bytes", "rate", "decay")
 
-
 NUMBERS = ("bytes", "rate", "decay")
 
 

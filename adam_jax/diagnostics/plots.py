@@ -11,7 +11,6 @@ import numpy as np
 # too light for a line.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 
-
 STYLES = (":", "-.", "--", "-")
 
 
@@ -141,7 +140,6 @@ def plot(history: Sequence[Mapping[str, Any]], *, groups: str | Sequence[str] | 
 
 
 COLUMNS = 3
-
 
 FEW = 30
 """So many looks that each is marked."""

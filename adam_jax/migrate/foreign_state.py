@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from adam_jax._core.configuration import Configuration, StageInstance, gathering, rebuilt
-from adam_jax._core.context import Context
 from adam_jax._core.errors import some
-from adam_jax._core.leaves import PyTree, as_wide, dtype_of, takes_part
+from adam_jax._core.leaves import PyTree, as_wide, takes_part
 from adam_jax._core.paths import by_its_path
 from adam_jax._core.spec import show
-from adam_jax._core.transformation import Transformation, call_update, expect_transformation
+from adam_jax._core.transformation import Transformation, expect_transformation
+from adam_jax.migrate.counted import after_steps, entry_per_leaf
 from adam_jax.stages.bias import LookAheadState
 from adam_jax.storage.stored_leaf import narrow_to_nearest, repack_moment, unpack_moment
 
@@ -37,10 +35,6 @@ KINDS = {
     "raw nu_max": "a maximum of the raw ν, corrected later",
 }
 """What moments can be, so far as libraries differ in it."""
-
-
-FOLLOWS = ("count", "step", "weights", "weight", "age")
-"""The fields of stages that follow from the number of steps."""
 
 
 class Memory(NamedTuple):
@@ -171,7 +165,7 @@ def fill(tx: Any, params: PyTree, run: Run, caller: str) -> PyTree:
     its_count = (
         run.count if isinstance(run.count, Mapping) else dict.fromkeys(trained(params), run.count)
     )
-    follows = {count: _follows(parts, params, count) for count in {*its_count.values()} or {0}}
+    follows = {count: after_steps(parts, params, count) for count in {*its_count.values()} or {0}}
     filled: dict[int, dict[str, Any]] = {}
     for kind, its in found.items():
         theirs = run.moments[kind]
@@ -205,7 +199,7 @@ def fill(tx: Any, params: PyTree, run: Run, caller: str) -> PyTree:
             ]
             longest = follows[max(counts, default=max(follows))].get(part.place, {})
             fields = {
-                field: _of_each(field, value, counts, follows, part.place)
+                field: entry_per_leaf(field, value, counts, follows, part.place)
                 for field, value in longest.items()
             }
             fields |= filled.get(id(part), {})
@@ -227,7 +221,7 @@ def read(tx: Any, state: PyTree, caller: str) -> Run:
     (count, *others) = {
         int(part.state.count): None for part, _ in held if "count" in part.state._fields
     }
-    follows = _follows(parts, getattr(held[0].part.state, held[0].field), count)
+    follows = after_steps(parts, getattr(held[0].part.state, held[0].field), count)
     for part in parts:
         if part.place not in follows or getattr(part.state, "weights", None) is None:
             continue
@@ -300,73 +294,3 @@ def same_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], caller: s
                 f"{caller}: at {path} found the shape {jnp.shape(found[path])}; expected "
                 f"{like.shape}."
             )
-
-
-def _follows(
-    parts: Sequence[StageInstance], params: PyTree, count: Any
-) -> dict[str, dict[str, Any]]:
-    """What stages have after so many steps but for their moments, by place.
-
-    Counted out step by step, as a run does: so it is the same to the last bit, schedules are no
-    special case, and each stage is the only one to know its own rule. Moments stay as they are,
-    which leaves the compiler a loop over scalars.
-    """
-    small = jax.tree.map(lambda p: jnp.zeros((1,) * jnp.ndim(p), dtype_of(p)), params)
-    # What reads or rounds parameters starts afresh: an average of them is not known to others.
-    stages = [
-        part
-        for part in parts
-        if isinstance(part.tx, Transformation) and part.tx.interface.end is None and _is_stage(part)
-    ]
-    first = [stage.tx.init(small) for stage in stages]
-    context = Context(gradient=small, applied=True, inside=True)
-
-    def kept(states: Sequence[Any]) -> list[dict[str, Any]]:
-        fields = [s._asdict() if hasattr(s, "_asdict") else {} for s in states]
-        return [
-            {name: its[name] for name in FOLLOWS if its.get(name) is not None} for its in fields
-        ]
-
-    def step(_: Any, fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        updates, states = small, []
-        for stage, state, its in zip(stages, first, fields, strict=True):
-            updates, after = call_update(stage.tx, updates, state._replace(**its), small, context)
-            states.append(after)
-        return kept(states)
-
-    def many(count: Array) -> Any:
-        return jax.lax.fori_loop(jnp.zeros((), jnp.int32), count, step, kept(first))
-
-    made = jax.jit(many)(jnp.asarray(count, jnp.int32))
-    return {stage.place: fields for stage, fields in zip(stages, made, strict=True) if fields}
-
-
-def _of_each(
-    field: str, value: Any, counts: Sequence[int], follows: Mapping[int, Any], place: str
-) -> Any:
-    """What follows from the count.
-
-    An entry a leaf of weights and ages where leaves have taken other steps.
-    """
-    if field not in ("weights", "weight", "age") or len({*counts}) < 2:
-        return value
-    return jnp.stack([follows[count][place][field] for count in counts], axis=-1)
-
-
-def whole(count: Any, caller: str) -> int:
-    """A number of steps.
-
-    Raises:
-      ValueError: for what is no whole number from 0 to 2³¹ − 2.
-    """
-    number = np.asarray(count)
-    known = number.size == 1 and number.dtype.kind in "iuf"
-    if not known or not 0 <= float(number.item()) < 2**31 - 1 or float(number.item()) % 1:
-        raise ValueError(f"{caller}: found {count!r} steps; expected a whole number from 0 on.")
-    return int(number.item())
-
-
-def _is_stage(part: StageInstance) -> bool:
-    return hasattr(part.state, "_fields") and not {"inner_state", "inner_states"} & {
-        *part.state._fields
-    }

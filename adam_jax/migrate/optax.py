@@ -15,6 +15,7 @@ from adam_jax._core.leaves import PyTree, takes_part
 from adam_jax._core.paths import RAW, path_of
 from adam_jax._core.settings import set_settable
 from adam_jax._core.transformation import abstract_state
+from adam_jax.migrate.counted import whole
 from adam_jax.migrate.foreign_state import (
     KINDS,
     Run,
@@ -26,7 +27,6 @@ from adam_jax.migrate.foreign_state import (
     same_kinds,
     same_leaves,
     trained,
-    whole,
 )
 
 MOMENTS: dict[str, dict[str, str]] = {

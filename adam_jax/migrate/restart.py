@@ -25,8 +25,8 @@ from adam_jax._core.errors import brief
 from adam_jax._core.identity import expect_arrays, expect_state, states_of
 from adam_jax._core.leaves import PyTree, narrower_than_float32, takes_part
 from adam_jax._core.paths import path_of
+from adam_jax._core.slots import Slot
 from adam_jax._core.transformation import expect_transformation
-from adam_jax.storage.slot import MomentSlot
 from adam_jax.storage.stored_leaf import StoredLeaf, narrow_to_nearest, repack_moment, unpack_moment
 
 
@@ -238,7 +238,7 @@ def _restart(node: Any, tx: Any, place: str, picks: _Picks) -> tuple[Any, dict[s
     return node, marks
 
 
-def _start(leaf: StoredLeaf, slot: MomentSlot) -> StoredLeaf:
+def _start(leaf: StoredLeaf, slot: Slot) -> StoredLeaf:
     like = leaf.array
     full = jnp.float32 if not takes_part(like) or narrower_than_float32(like) else like.dtype
     return narrow_to_nearest(jnp.full_like(like, slot.start, full), leaf, slot.signed)

@@ -6,13 +6,13 @@ safetensors give them, with tensors or NumPy arrays, and go back with NumPy arra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax._core.errors import brief, some
+from adam_jax._core.errors import some
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.spec import all_specs
 from adam_jax._core.transformation import abstract_state
@@ -26,29 +26,17 @@ from adam_jax.migrate.foreign_state import (
     same_kinds,
     same_leaves,
     trained,
-    whole,
 )
-from adam_jax.migrate.torch_params import (
-    Layouts,
-    Names,
-    Pair,
-    expect_table,
-    number_array,
-    options_of,
-    pairs_of,
-    target_of,
-)
+from adam_jax.migrate.torch_names import Layouts, Names, Pair, options_of, pairs_of, target_of
 from adam_jax.migrate.torch_settings import expect_decays, expect_settings
+from adam_jax.migrate.torch_state import (
+    fields_by_name,
+    groups_and_entries,
+    kinds_kept,
+    names_by_number,
+    steps_by_path,
+)
 from adam_jax.stages.bias import LookAheadState
-
-ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu", "exp_inf": "infinity", "max_exp_avg_sq": "raw nu_max"}
-
-
-RMSPROP = {"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"}
-
-
-SGD = {"momentum_buffer": "trace"}
-"""The kinds of moments by PyTorch's names for them."""
 
 
 def from_torch(
@@ -105,10 +93,10 @@ def from_torch(
         `tx`; moments that only one side has.
     """
     caller = "from_torch"
-    groups, entries = _optimizer(state_dict, caller)
+    groups, entries = groups_and_entries(state_dict, caller)
     first = abstract_state(tx, params, caller)
     parts, ours = memories(tx, first, caller)
-    called = _called(groups, names, caller)
+    called = names_by_number(groups, names, caller)
     leaves = trained(params)
     held = {path for its in ours.values() for path in all_leaves(its)}
     pairs = pairs_of(
@@ -132,7 +120,7 @@ def from_torch(
             f"{caller}: left over the state of {some(over)}, of which tx keeps none. Move with a "
             "tx that trains what PyTorch has trained, and freeze it with convert_state."
         )
-    kinds = _kinds(groups)
+    kinds = fields_by_name(groups)
     kept = {field: True for entry in of.values() for field, its in entry.items() if its is not None}
     fields = [field for field in kept if field not in ("step", "mu_product")]
     if unknown := [field for field in fields if field not in kinds]:
@@ -178,7 +166,7 @@ def from_torch(
                 its[pair.path] = jnp.array(
                     moment.astype(np.float32) if moment.dtype.kind in "biu" else moment
                 )
-    steps = _steps(
+    steps = steps_by_path(
         {pairs[name].path: entry.get("step") for name, entry in of.items()}, count, caller
     )
     return fill(tx, params, Run(steps, max(steps.values(), default=0), moments), caller)
@@ -217,12 +205,12 @@ def to_torch(
         `reset`.
     """
     caller = "to_torch"
-    groups, _ = _optimizer(like, caller)
+    groups, _ = groups_and_entries(like, caller)
     run = read(tx, state, caller)
-    fields = {kind: field for field, kind in _kinds(groups).items()}
+    fields = {kind: field for field, kind in fields_by_name(groups).items()}
     same_kinds(
         run.moments,
-        {kind: fields[kind] for kind in _kept(groups, run.moments)},
+        {kind: fields[kind] for kind in kinds_kept(groups, run.moments)},
         caller,
         "the optimizer",
     )
@@ -235,7 +223,9 @@ def to_torch(
         options = options_of(target_of(name, mapping, caller) or "")
         return not any(is_frozen(path) for is_frozen in frozen for path in options)
 
-    called = {i: name for i, name in _called(groups, names, caller).items() if is_trained(name)}
+    called = {
+        i: name for i, name in names_by_number(groups, names, caller).items() if is_trained(name)
+    }
     pairs = pairs_of(called.values(), leaves, mapping, transpose, caller)
     by_group = [
         (group, [pairs[called[i]] for i in group["params"] if called.get(i) in pairs])
@@ -252,114 +242,3 @@ def to_torch(
 
     found = {i: entry(pairs[name]) for i, name in called.items() if name in pairs}
     return {"state": found, "param_groups": groups}
-
-
-def _optimizer(state_dict: Any, caller: str) -> tuple[list[Any], Mapping[int, Any]]:
-    """The groups and the entries of an optimizer's state dict."""
-    expect_table(state_dict, caller)
-    if not {"state", "param_groups"} <= state_dict.keys():
-        inside = next(
-            (
-                key
-                for key, its in state_dict.items()
-                if isinstance(its, Mapping) and "param_groups" in its
-            ),
-            None,
-        )
-        hint = (
-            "Weights are for params_from_torch."
-            if inside is None
-            else f"Pass what is in [{inside!r}]."
-        )
-        raise ValueError(
-            f"{caller}: found a dict of {some(list(map(str, state_dict))) or 'nothing'}; expected "
-            f"'state' and 'param_groups', as optimizer.state_dict() has them. {hint}"
-        )
-    groups, entries = state_dict["param_groups"], state_dict["state"]
-    listed = isinstance(groups, (list, tuple)) and all(
-        isinstance(its, Mapping) and "params" in its for its in groups
-    )
-    if (
-        not listed
-        or not groups
-        or not isinstance(entries, Mapping)
-        or not all(isinstance(e, Mapping) for e in entries.values())
-    ):
-        raise ValueError(
-            f"{caller}: found param_groups or a state that are not PyTorch's; expected a list of "
-            "dicts with 'params', and a dict of dicts by parameter number, as "
-            "optimizer.state_dict() has them."
-        )
-    if strings := [key for key in entries if isinstance(key, str)]:
-        raise ValueError(
-            f"{caller}: found the parameter numbers {some(list(map(repr, strings)))}; expected "
-            "integers. JSON makes strings of them: {int(i): its for i, its in state.items()}."
-        )
-    return list(groups), entries
-
-
-def _called(groups: list[Any], names: Sequence[str] | None, caller: str) -> dict[int, str]:
-    """The names by the numbers that PyTorch gives to parameters."""
-    numbers = [i for group in groups for i in group["params"]]
-    strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    if names is not None and not strings:
-        raise TypeError(f"{caller}: names: found {brief(names)}; expected a list of strings.")
-    if names is None:
-        if any("param_names" not in group for group in groups):
-            raise ValueError(
-                f"{caller}: the state dict numbers its {len(numbers)} parameters and does not name "
-                "them. Give their names in the optimizer's order: names=[name for name, _ in "
-                "model.named_parameters()]."
-            )
-        names = [name for group in groups for name in group["param_names"]]
-    if len(names) != len(numbers):
-        raise ValueError(
-            f"{caller}: found {len(names)} names for {len(numbers)} parameters; expected one each, "
-            "in the groups' order."
-        )
-    return dict(zip(numbers, names, strict=True))
-
-
-def _kinds(groups: list[Any]) -> dict[str, str]:
-    """The kinds of moments by PyTorch's names, of the optimizer that has such groups."""
-    return SGD if "dampening" in groups[0] else RMSPROP if "alpha" in groups[0] else ADAM
-
-
-def _kept(groups: list[Any], ours: Iterable[str]) -> list[str]:
-    """The kinds of moments that an optimizer with such groups keeps."""
-    group = groups[0]
-    if "betas" in group:
-        # RAdam's and Adamax's groups look alike.
-        return [
-            "mu",
-            "infinity" if "infinity" in ours else "nu",
-            *(["raw nu_max"] if group.get("amsgrad") else []),
-        ]
-    kept = [] if "dampening" in group else ["nu", *(["mu"] if group.get("centered") else [])]
-    return kept + (["trace"] if group.get("momentum") else [])
-
-
-def _steps(found: Mapping[str, Any], count: int | None, caller: str) -> dict[str, int]:
-    """The number of steps that each parameter has taken, by path."""
-    numbers = {
-        path: whole(number_array(step, f"the step of {path}", caller), caller)
-        for path, step in found.items()
-        if step is not None
-    }
-    if len(numbers) not in (0, len(found)):
-        raise ValueError(
-            f"{caller}: found no step of {some([path for path in found if path not in numbers])}; "
-            "expected one for all."
-        )
-    if not numbers and count is None:
-        raise ValueError(
-            f"{caller}: the state keeps no step. Give the number of steps taken: from_torch(…, "
-            "count=1000)."
-        )
-    if numbers and count not in (None, *numbers.values()):
-        step = next(iter(numbers.values()))
-        raise ValueError(
-            f"{caller}: found count={count}, and step {step} in the state; expected none where the "
-            "state has one."
-        )
-    return numbers or dict.fromkeys(found, whole(count, caller))

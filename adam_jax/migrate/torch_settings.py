@@ -15,7 +15,7 @@ from adam_jax._core.leaves import PyTree
 from adam_jax._core.transformation import Transformation
 from adam_jax.diagnostics.description import Leaf, describe
 from adam_jax.migrate.foreign_state import trained
-from adam_jax.migrate.torch_params import Pair
+from adam_jax.migrate.torch_names import Pair
 from adam_jax.wrappers.groups import only
 
 SETTINGS = (

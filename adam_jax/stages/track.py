@@ -1,21 +1,18 @@
 """`track_moments`: the first stage of every optimizer.
 
-A moment is an exponential average that starts at zero, so it is Σ weights·values with Σ weights <
-1. The debias factor is that sum of weights: the same average of the constant 1, moved by the same
-rate at the same time. Later stages divide by it. They need no decay, no count and no formula, and
-stay right when the decay changes from step to step.
+A moment is an exponential average that starts at zero, so its weights add up to less than 1. The
+debias factor is their sum: the same average of the constant 1. Later stages divide by it. They need
+no decay and no count, and stay right when the decay changes from step to step.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from adam_jax._core.arithmetic import make_ema, multiply, widen
 from adam_jax._core.context import Context
@@ -31,7 +28,6 @@ from adam_jax._core.hyperparams import (
 )
 from adam_jax._core.leaves import (
     PyTree,
-    as_wide,
     as_wide_as,
     real_dtype,
     scalar_dtype,
@@ -42,9 +38,11 @@ from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition
 from adam_jax.stages.blocks import Blocks, block_mean, expect_blocks, shape_of_nu
 from adam_jax.stages.moments import Moments, accumulate_weight, per_leaf
-from adam_jax.stages.rules import NU_RULES, STATES, NuRule, nu_of_gradient
+from adam_jax.stages.rules import NU_RULES, STATES, nu_of_gradient
+from adam_jax.stages.saturation import limit_gradients
 from adam_jax.storage.formats import Storage, canonical, resolve_storage
-from adam_jax.storage.slot import MomentSlot, all_first_scales, all_narrow
+from adam_jax.storage.slot import MomentSlot
+from adam_jax.storage.slots import all_first_scales, all_narrow
 
 
 @stage(takes="updates", gives="moments", canonical={"storage": canonical})
@@ -194,7 +192,7 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
         }
         if b2 is not None:
             expect_blocks(blocks, grads, state.nu)
-        grads = _limited(grads, state, slots, rule, nu_rate)
+        grads = limit_gradients(grads, state, slots, rule, nu_rate)
         mu_average = make_ema(values.get("b1", 0.0), mu_decay, mu_rate)
         nu_decays, nu_rates = per_leaf(nu_decay), per_leaf(nu_rate)
 
@@ -270,39 +268,6 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
     return Definition(init, update, tuple(slots), hypers, counter="count")
 
 
-def _limited(
-    grads: PyTree, state: Any, slots: Sequence[MomentSlot], rule: NuRule, nu_rate: Array
-) -> PyTree:
-    """The gradients, saturated where the storage of ν would be.
-
-    As in `widen`, and for the same reason: where μ took a gradient that ν cannot, the steps behind
-    would have no bound. A ν in codes or in a narrow float beside a μ with a wider range needs it,
-    and so does float64.
-    """
-    by_name = {slot.name: slot for slot in slots}
-    if "nu" not in by_name:
-        return grads
-    mu, form = (state.mu, by_name["mu"].form) if "mu" in by_name else (None, None)
-    tops = by_name["nu"].tops(state.nu, state.scales, mu, form, grads)
-    if all(top is None for top in tops):
-        return grads
-    each, rates = iter(tops), per_leaf(nu_rate)
-
-    def leaf(grad: Any) -> Array:
-        top, rate, g = next(each), rates(), as_wide(grad)
-        if top is None:
-            return g
-        real = real_dtype(g)
-        bound = jnp.sqrt(top.astype(real) / rate.astype(real)) if rule.squared else top.astype(real)
-        if jnp.iscomplexobj(g):
-            bound = jnp.broadcast_to(bound * np.asarray(0.5**0.5, real), g.shape)
-            return lax.complex(lax.clamp(-bound, g.real, bound), lax.clamp(-bound, g.imag, bound))
-        bound = jnp.broadcast_to(bound, g.shape)
-        return lax.clamp(-bound, g, bound)
-
-    return lift(leaf, grads)
-
-
 def _hypers(b1: Any, b2: Any, nu_rule: Any, nu_eps: Any, nu_init: Any) -> Hyperparameters:
     hypers = [
         Hyperparameter(name, b, "[0, 1)") for name, b in [("b1", b1), ("b2", b2)] if b is not None
@@ -326,8 +291,7 @@ def _check_options(b1: Any, b2: Any, mu_rule: Any, nu_rule: Any, blocks: Any) ->
         expect_one_of("blocks", blocks, (None, "leaf", "output"))
     if b1 is None and b2 is None:
         raise ValueError(
-            "track_moments: found None for both b1 and b2; expected at least one decay: there is "
-            "nothing to track."
+            "track_moments: found None for both b1 and b2; expected at least one decay."
         )
     if b1 is None and nu_rule == "belief":
         raise ValueError(

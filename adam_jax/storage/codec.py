@@ -18,10 +18,10 @@ from jax import Array, lax
 
 from adam_jax._core.leaves import PyTree, finfo
 from adam_jax._core.sums import all_reduce
+from adam_jax.storage.scales import UNKNOWN, largest_along
 
 HALF = np.uint32(2**31)
 """The random bits that round to nearest, halves up."""
-
 
 _ONE = np.int32(0x3F800000)
 """The bits of 1.0: what the bits of a number exceed them by is its logarithm, straight between
@@ -143,44 +143,11 @@ def _from_log(t: Array) -> Array:
     return lax.min(t - np.float32(1), t * np.float32(0.5))
 
 
-UNKNOWN = np.int32(-128)
-"""The exponent of a unit that is not known yet."""
-
-
-def pack(unit: Any, following: Any) -> Array:
-    """A scale: the exponents of the unit of some codes and of the unit for the next step.
-
-    Two bytes in one int16.
-
-    Two arrays would do, but a TPU's pass over memory takes 16 operands, and two moments would have
-    four of them.
-    """
-    packed: Array = (unit << np.int32(8)) | (following & np.int32(255))
-    return packed.astype(np.int16)
-
-
-def unpack(scale: Any) -> tuple[Any, Any]:
-    """The two exponents of a scale, int32."""
-    wide = scale.astype(np.int32)
-    return wide >> np.int32(8), (wide << np.int32(24)) >> np.int32(24)
-
-
-def largest_along(size: Array, scale: Array) -> Array:
-    """The largest of the numbers, ≥ 0, that share a scale.
-
-    Along the axes on which `scale` has 1.
-    """
-    shared = tuple(axis for axis, length in enumerate(scale.shape) if length == 1)
-    return jnp.max(size, axis=shared, keepdims=True, initial=0)
-
-
 _FRACTION = 3
 """The number of bits that divide a fine octave."""
 
-
 _COARSER = 3
 """Coarse octaves have an eighth of the codes of fine ones."""
-
 
 _OCTAVES = 127
 """How many of them a float32 has above 1: no code may stand for more, or it would stand for

@@ -17,7 +17,6 @@ from adam_jax.storage.random_bits import as_seed
 
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
 
-
 SMALLEST = 4096
 
 
@@ -146,9 +145,7 @@ def _floating(dtype: Any, name: str) -> Any:
 
 Form: TypeAlias = Float | Codes
 
-
 Storage: TypeAlias = Literal["float32", "bfloat16", "8bit"] | Form | tuple[Any, Any]
-
 
 NAMED: dict[str, Form] = {"float32": Float(), "bfloat16": Float(jnp.bfloat16), "8bit": Codes()}
 

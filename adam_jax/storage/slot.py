@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +24,11 @@ from adam_jax._core.leaves import (
     wide_dtype,
 )
 from adam_jax._core.paths import names
-from adam_jax.storage.codec import HALF, Codec, pack, to_float, undifferentiable, unpack
+from adam_jax._core.slots import Slot
+from adam_jax.storage.codec import HALF, Codec, to_float, undifferentiable
 from adam_jax.storage.formats import Codes, Float, Form
 from adam_jax.storage.random_bits import random_bits, rotate, stream_keys
-
-Scales: TypeAlias = dict[str, Any]
-"""By "mu_scale" and the like, the scales of the leaves of a moment that are stored as codes, by the
-leaf's path: int16."""
-
-
-SHORTEST = 128
-"""The smallest number of elements that share a scale, where a leaf has that many. Measured with the
-compiler of TPU v5e, a scale costs 120 bytes of memory traffic per step: 6 % of what 128 elements of
-parameter, gradient and moments move, 1.5 % of 512."""
-
+from adam_jax.storage.scales import SHORTEST, Scales, is_code, pack, scale_key, unpack
 
 _REMEDY = (
     "Carry a run over with convert_state(state, from_tx, to_tx, params), or pass the state that "
@@ -50,46 +41,14 @@ LARGEST = 2.0**125
 
 
 @dataclasses.dataclass(frozen=True)
-class MomentSlot:
-    """A moment that a stage keeps: how it is stored between two steps, and what it is.
+class MomentSlot(Slot):
+    """A moment that a stage keeps: what it is, and how it is stored between two steps.
 
     Attributes:
-      name: its field in the state.
       form: its storage.
-      signed: whether it can be negative. A μ can, a ν cannot.
-      turn: where in the random bits of an element it begins. Moments of one step share them, and
-        must not share an end.
-      start: the value of all elements before the first step.
-      meaning: what it is. "{}" stands for what it is made of (gradients, directions, steps), "{nu}"
-        for the ν in front.
-      gathers: whether it starts at zero weight, for which `correct_bias` makes up. The state then
-        has its weight.
-      whole: whether it has all of its weight at once, as a sum and a maximum do.
-      decay: the name of the hyperparameter by which it decays, if any.
-      delayed: whether the ν that is handed on is that of the step before.
-      kind: what other libraries call such a moment; its name if empty.
-      label: how tables show it, for example "ν"; its name if empty.
-      of_gradient: (g, ν of zero steps, 1 − decay) -> ν after one step whose gradient was g.
     """
 
-    name: str
     form: Form
-    signed: bool = True
-    turn: int = 0
-    start: float = 0.0
-    meaning: str = ""
-    gathers: bool = False
-    whole: bool = False
-    decay: str | None = None
-    delayed: bool = False
-    kind: str = ""
-    label: str = ""
-    of_gradient: Callable[[Array, Array, Array], Array] | None = None
-
-    @property
-    def part(self) -> str:
-        """What `state_bytes` counts it as: "mu" or "nu"."""
-        return "mu" if self.signed else "nu"
 
     def why_wide(self, shape: tuple[int, ...], dtype: Any) -> str | None:
         """Why a moment of that shape and computing dtype rests as it is computed.
@@ -112,7 +71,7 @@ class MomentSlot:
             return jnp.full(shape, self.start, dtype)
         if isinstance(self.form, Float):
             return jnp.full(shape, self.start, self.form.dtype)
-        codec = self._codec
+        codec = self.codec
         code = codec.narrow(
             jnp.full((), self.start, np.float32), codec.first_exponent(self.start), HALF
         )
@@ -137,7 +96,7 @@ class MomentSlot:
             # `optax.tree.map_params` makes a state of placeholders, which have no leaves. Where it
             # finds one array there, it leaves alone what stands in its place here: all scales.
             return {self._scale: jnp.zeros((), jnp.int16)}
-        first = pack(*2 * (self._codec.first_exponent(self.start),))
+        first = pack(*2 * (self.codec.first_exponent(self.start),))
         coded = {
             name: leaf for name, leaf in zip(names(tree), leaves, strict=True) if is_code(leaf)
         }
@@ -170,11 +129,11 @@ class MomentSlot:
                 )
             if not is_code(resting):
                 return as_wide(resting)
-            return self._codec.widen(resting, unpack(self._scale_of(path, resting, scales))[0])
+            return self.codec.widen(resting, unpack(self.scale_of(path, resting, scales))[0])
 
         return jax.tree.map(leaf, tree)
 
-    def _scale_of(self, path: str, resting: Array, scales: Scales) -> Array:
+    def scale_of(self, path: str, resting: Array, scales: Scales) -> Array:
         """Returns the scales of a leaf's codes, if they are shared as this storage shares them.
 
         They may be finer than `scale_shape` says: `jax.shard_map` shows parts of leaves, whose rows
@@ -258,54 +217,13 @@ class MomentSlot:
             held = (
                 x if x.dtype == jnp.float32 else jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float32)
             )
-            code = self._codec.narrow(held, unit, random)
+            code = self.codec.narrow(held, unit, random)
             code = code if selector is None else selector.choose(code, old)
-            following[path] = pack(unit, self._codec.next_exponent(code, unit))
+            following[path] = pack(unit, self.codec.next_exponent(code, unit))
             return code
 
         kept = like_params(leaf, tree)
         return kept, {self._scale: following} if following else self.first_scales(kept)
-
-    def tops(
-        self, tree: PyTree, scales: Scales, mu: PyTree | None, mu_form: Form | None, grads: PyTree
-    ) -> list[Array | None]:
-        """Returns for each trained leaf the largest number that its storage can hold now.
-
-        It broadcasts against the leaf. It is `None` where no gradient is too large for the storage,
-        or where μ saturates with ν: both are codes from zero on, and the same elements share their
-        scales.
-
-        Args:
-          tree: the moment as it is stored.
-          scales: those of the state.
-          mu: the first moment beside it as it is stored, if there is one.
-          mu_form: its storage.
-          grads: the gradients, whose dtypes say how large they can be.
-        """
-        leaves = [leaf for leaf in jax.tree.leaves(grads) if takes_part(leaf)]
-        stored = jax.tree.leaves(tree)
-        beside = [None] * len(stored) if mu is None else jax.tree.leaves(mu)
-        if not len(leaves) == len(stored) == len(beside):
-            return []  # other gradients: `lift` says in what they differ
-        alike = (
-            isinstance(self.form, Codes)
-            and isinstance(mu_form, Codes)
-            and mu_form.axis == self.form.axis
-            and self.start == 0
-        )
-        found: list[Array | None] = []
-        for path, x, m, grad in zip(names(tree), stored, beside, leaves, strict=True):
-            computed = as_wide(grad).dtype
-            largest = (
-                finfo(computed).maxexp // 2 * 2 - 4
-            )  # of the square of a gradient: see `widen`
-            if is_code(x) and not (alike and m is not None and is_code(m)):
-                found.append(self._codec.top(unpack(self._scale_of(path, x, scales))[1]))
-            elif not is_code(x) and finfo(x.dtype).maxexp <= largest:
-                found.append(jnp.asarray(finfo(x.dtype).max).astype(np.float32))
-            else:
-                found.append(None)
-        return found
 
     def _thresholds(
         self,
@@ -331,8 +249,7 @@ class MomentSlot:
         if not is_code(resting) and not narrower_than_float32(resting):
             return self.why_wide(resting.shape, resting.dtype) is not None
         return bool(
-            resting.dtype
-            == (self.form.dtype if isinstance(self.form, Float) else self._codec.dtype)
+            resting.dtype == (self.form.dtype if isinstance(self.form, Float) else self.codec.dtype)
         )
 
     @property
@@ -344,7 +261,8 @@ class MomentSlot:
         return scale_key(self.name)
 
     @property
-    def _codec(self) -> Codec:
+    def codec(self) -> Codec:
+        """The codec of its codes."""
         return Codec(self.signed)
 
 
@@ -356,42 +274,3 @@ def no_derivative(moment: str) -> str:
         f'through steps of the optimizer, make it with storage="float32", and without mu_dtype and '
         f"nu_dtype."
     )
-
-
-def scale_key(name: str) -> str:
-    """The key in `scales` of the moment in the field `name`."""
-    return f"{name}_scale"
-
-
-def is_code(leaf: Any) -> bool:
-    """Whether a stored leaf consists of codes."""
-    return bool(jnp.issubdtype(leaf.dtype, jnp.integer))
-
-
-def all_first_scales(slots: Sequence[MomentSlot], trees: dict[str, PyTree]) -> Scales:
-    """The scales of several fresh moments by name."""
-    return {
-        name: scale for slot in slots for name, scale in slot.first_scales(trees[slot.name]).items()
-    }
-
-
-def all_narrow(
-    slots: Sequence[MomentSlot],
-    trees: dict[str, PyTree],
-    before: Any,
-    count: Array,
-    stream: str,
-    selector: Any,
-) -> tuple[dict[str, PyTree], Scales]:
-    """The resting forms of several moments by name, and their scales.
-
-    `before` is the state that holds those they come from.
-    """
-    narrowed = {
-        slot.name: slot.narrow(
-            trees[slot.name], getattr(before, slot.name), before.scales, count, stream, selector
-        )
-        for slot in slots
-    }
-    kept = {name: tree for name, (tree, _) in narrowed.items()}
-    return kept, {name: scale for _, its in narrowed.values() for name, scale in its.items()}

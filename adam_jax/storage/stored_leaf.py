@@ -11,16 +11,9 @@ from jax import Array
 
 from adam_jax._core.leaves import PyTree, as_wide, narrower_than_float32
 from adam_jax._core.paths import names
-from adam_jax.storage.codec import (
-    HALF,
-    Codec,
-    largest_along,
-    pack,
-    to_float,
-    undifferentiable,
-    unpack,
-)
-from adam_jax.storage.slot import Scales, is_code, no_derivative, scale_key
+from adam_jax.storage.codec import HALF, Codec, to_float, undifferentiable
+from adam_jax.storage.scales import Scales, is_code, largest_along, pack, scale_key, unpack
+from adam_jax.storage.slot import no_derivative
 
 
 class StoredLeaf(NamedTuple):

@@ -5,7 +5,6 @@ Each with hyperparameters, storage or an optimizer of its own, or frozen.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -15,16 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._core.chain import chain
 from adam_jax._core.context import Context
 from adam_jax._core.errors import brief, expect_one_of
-from adam_jax._core.hyperparams import (
-    Hyperparameter,
-    Multiplied,
-    Scalar,
-    ScalarOrSchedule,
-    Settable,
-)
 from adam_jax._core.leaves import PyTree, dtype_of, leaving_dtype, takes_part
 from adam_jax._core.lift import lift
 from adam_jax._core.paths import is_box, paths
@@ -36,15 +27,12 @@ from adam_jax._core.transformation import (
     hides_rate,
     transformation,
 )
+from adam_jax.wrappers.overrides import with_overrides
 
 Group: TypeAlias = optax.GradientTransformation | Mapping[str, Any] | Literal["frozen"]
 
-
 DEFAULT = "default"
 """The name of the group of all leaves that no pattern matches."""
-
-
-MULTIPLIER = "learning_rate_multiplier"
 
 
 class ByPathState(NamedTuple):
@@ -112,7 +100,7 @@ def by_path(
             expect_one_of(caller, group, ("frozen",))
             continue
         parts[pattern] = (
-            _overridden(default, group, caller) if isinstance(group, Mapping) else group
+            with_overrides(default, group, caller) if isinstance(group, Mapping) else group
         )
         flows[pattern] = expect_optimizer(parts[pattern], caller)
     if not isinstance(default, str):
@@ -298,55 +286,3 @@ def _interface(parts: Mapping[str, Any], flows: Mapping[str, Interface]) -> Inte
     )
     end: Any = "rounds" if any(interface.end == "rounds" for interface in flows.values()) else None
     return Interface("updates", "updates", rate, None, end)
-
-
-def _overridden(default: Any, changes: Mapping[str, Any], caller: str) -> Transformation:
-    """`default`, built again with other arguments."""
-    spec = default.init.spec if isinstance(default, Transformation) else None
-    config = dict(spec.config) if spec is not None and not spec.inner else {}
-    if spec is None or not config or spec.constructor is chain:
-        raise TypeError(
-            f"{caller}: found the overrides {show(changes)} of {show(default)}, which has no "
-            "arguments by name; expected a default such as adamw(1e-3). Chain what is around it "
-            "around by_path(...), or give the group a transformation."
-        )
-    rates = [name for name in ("learning_rate", "lr") if name in config]
-    known = [*config, *([MULTIPLIER] if rates else [])]
-    for name in changes:
-        if name not in known:
-            near = [
-                other for other in rates if name in ("learning_rate", "lr")
-            ] or difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise TypeError(
-                f"{caller}: found {name!r}; {hint}{spec.constructor.__name__} has "
-                f"{', '.join(known)}."
-            )
-    config |= {name: value for name, value in changes.items() if name != MULTIPLIER}
-    if MULTIPLIER in changes:
-        factor = changes[MULTIPLIER]
-        if callable(factor) or isinstance(factor, Settable):
-            raise TypeError(
-                f"{caller}: {MULTIPLIER}: found {factor!r}; expected a number. Or give a "
-                "learning_rate."
-            )
-        Hyperparameter(f"{caller}: {MULTIPLIER}", factor)
-        config |= {name: _multiplied(config[name], _number(factor)) for name in rates}
-    try:
-        made: Transformation = spec.constructor(**config)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{caller}: {error}") from error
-    return made
-
-
-def _multiplied(rate: ScalarOrSchedule, factor: Any) -> Any:
-    return (
-        Multiplied(rate, factor)
-        if callable(rate) or isinstance(rate, Settable)
-        else _number(rate) * factor
-    )
-
-
-def _number(value: Any) -> Scalar:
-    """An array, or a Python number: one of NumPy would have a dtype of its own in a product."""
-    return value if isinstance(value, jax.Array) else float(value)

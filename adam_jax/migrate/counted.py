@@ -1,0 +1,89 @@
+"""What stages have after a number of steps, whatever the gradients were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adam_jax._core.configuration import StageInstance
+from adam_jax._core.context import Context
+from adam_jax._core.leaves import PyTree, dtype_of
+from adam_jax._core.transformation import Transformation, call_update
+
+FOLLOWS = ("count", "step", "weights", "weight", "age")
+"""The fields of stages that follow from the number of steps."""
+
+
+def after_steps(
+    parts: Sequence[StageInstance], params: PyTree, count: Any
+) -> dict[str, dict[str, Any]]:
+    """What stages have after so many steps but for their moments, by place.
+
+    Counted out step by step, as a run does: so it is the same to the last bit, schedules are no
+    special case, and each stage is the only one to know its own rule. Moments stay as they are,
+    which leaves the compiler a loop over scalars.
+    """
+    small = jax.tree.map(lambda p: jnp.zeros((1,) * jnp.ndim(p), dtype_of(p)), params)
+    # What reads or rounds parameters starts afresh: an average of them is not known to others.
+    stages = [
+        part
+        for part in parts
+        if isinstance(part.tx, Transformation) and part.tx.interface.end is None and _is_stage(part)
+    ]
+    first = [stage.tx.init(small) for stage in stages]
+    context = Context(gradient=small, applied=True, inside=True)
+
+    def kept(states: Sequence[Any]) -> list[dict[str, Any]]:
+        fields = [s._asdict() if hasattr(s, "_asdict") else {} for s in states]
+        return [
+            {name: its[name] for name in FOLLOWS if its.get(name) is not None} for its in fields
+        ]
+
+    def step(_: Any, fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        updates, states = small, []
+        for stage, state, its in zip(stages, first, fields, strict=True):
+            updates, after = call_update(stage.tx, updates, state._replace(**its), small, context)
+            states.append(after)
+        return kept(states)
+
+    def many(count: Array) -> Any:
+        return jax.lax.fori_loop(jnp.zeros((), jnp.int32), count, step, kept(first))
+
+    made = jax.jit(many)(jnp.asarray(count, jnp.int32))
+    return {stage.place: fields for stage, fields in zip(stages, made, strict=True) if fields}
+
+
+def entry_per_leaf(
+    field: str, value: Any, counts: Sequence[int], follows: Mapping[int, Any], place: str
+) -> Any:
+    """What follows from the count.
+
+    An entry a leaf of weights and ages where leaves have taken other steps.
+    """
+    if field not in ("weights", "weight", "age") or len({*counts}) < 2:
+        return value
+    return jnp.stack([follows[count][place][field] for count in counts], axis=-1)
+
+
+def whole(count: Any, caller: str) -> int:
+    """A number of steps.
+
+    Raises:
+      ValueError: for what is no whole number from 0 to 2³¹ − 2.
+    """
+    number = np.asarray(count)
+    known = number.size == 1 and number.dtype.kind in "iuf"
+    if not known or not 0 <= float(number.item()) < 2**31 - 1 or float(number.item()) % 1:
+        raise ValueError(f"{caller}: found {count!r} steps; expected a whole number from 0 on.")
+    return int(number.item())
+
+
+def _is_stage(part: StageInstance) -> bool:
+    return hasattr(part.state, "_fields") and not {"inner_state", "inner_states"} & {
+        *part.state._fields
+    }

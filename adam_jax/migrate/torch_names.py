@@ -1,0 +1,217 @@
+"""Which parameter of PyTorch is which leaf, and how its axes lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax._core.errors import brief, some
+from adam_jax._core.leaves import dtype_of
+
+Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
+
+Layout: TypeAlias = tuple[int, ...] | tuple[Convert, Convert]
+
+Names: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None]
+
+Layouts: TypeAlias = Mapping[str, Layout] | Callable[[str, str], Layout | None]
+
+ALIASES = {
+    "weight": ("kernel", "scale", "embedding"),
+    "running_mean": ("mean",),
+    "running_var": ("var",),
+}
+"""What the last part of a PyTorch name can be in a tree of parameters."""
+
+
+class Pair(NamedTuple):
+    """A parameter of PyTorch and a leaf of ours.
+
+    Attributes:
+      name: PyTorch's.
+      path: ours.
+      there: makes of PyTorch's array ours.
+      back: the inverse.
+    """
+
+    name: str
+    path: str
+    there: Convert
+    back: Convert
+
+    def into(self, tensor: Any, leaf: Any, caller: str) -> np.ndarray:
+        """PyTorch's array as ours lies."""
+        x = number_array(tensor, self.name, caller)
+        if x.dtype.kind == "c" and not jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"{caller}: {self.name}: found {x.dtype}; expected real numbers, as {self.path} "
+                "has."
+            )
+        try:
+            y = self.there(x)
+        except ValueError:
+            y = None
+        if y is None or y.shape != jnp.shape(leaf):
+            made = "which cannot be transposed so" if y is None else f"transposed {y.shape}"
+            raise ValueError(
+                f"{caller}: {self.name}: found the shape {x.shape}, {made}; expected "
+                f"{jnp.shape(leaf)}, of {self.path}. If the two are the same parameter, say how it "
+                f"has to be transposed: transpose={{{self.name!r}: axes}}."
+            )
+        return y
+
+
+def number_array(x: Any, name: str, caller: str) -> np.ndarray:
+    """A tensor or an array as one of NumPy."""
+    if "sparse" in str(getattr(x, "layout", "")):
+        raise ValueError(
+            f"{caller}: {name}: found a sparse tensor; expected a dense one: x.to_dense()."
+        )
+    if hasattr(x, "detach"):
+        try:
+            x = x.detach().cpu().resolve_neg().resolve_conj()
+            return np.asarray(
+                (x.float() if "bfloat16" in str(x.dtype) else x).numpy()
+            )  # NumPy does not have bfloat16
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(
+                f"{caller}: {name}: found a tensor that is no array, {error}; expected a dense one "
+                "in memory."
+            ) from error
+    found = np.asarray(x) if hasattr(x, "__array__") or isinstance(x, (int, float)) else None
+    if found is None or not (
+        found.dtype.kind in "biufc" or jnp.issubdtype(found.dtype, jnp.floating)
+    ):
+        said = x if found is None else f"an array of {found.dtype}"
+        raise TypeError(
+            f"{caller}: {name}: found {said!r} of type {type(x).__name__}; expected a tensor or an "
+            "array of numbers."
+        )
+    return found
+
+
+def expect_table(state_dict: Any, caller: str) -> None:
+    """Refuses what is no state dict."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"{caller}: found a {type(state_dict).__name__}; expected a state dict. Load a file "
+            "yourself, with torch.load(path, weights_only=True) or safetensors, and give what it "
+            "holds."
+        )
+
+
+def pairs_of(
+    names: Iterable[str],
+    leaves: Mapping[str, Any],
+    mapping: Names | None,
+    transpose: Layouts | None,
+    caller: str,
+    still: Set[str] = frozenset(),
+    tied: bool = False,
+) -> dict[str, Pair]:
+    """Parameters of PyTorch with their leaves, by name, but for those that are left out.
+
+    The leaves in `still` may have no name, and where they may be `tied` several.
+    """
+    found: dict[str, Pair] = {}
+    taken: dict[str, str] = {}
+    _expect_rules(mapping, transpose, caller)
+    lost, unused = [], set(transpose) if isinstance(transpose, Mapping) else set()
+    for name in names:
+        unused -= {name}
+        target = target_of(name, mapping, caller)
+        path = target and next((path for path in options_of(target) if path in leaves), None)
+        if path is None:
+            lost += [name] if target and not name.endswith("num_batches_tracked") else []
+            continue
+        if path in taken and not tied:
+            raise ValueError(
+                f"{caller}: found that {taken[path]!r} and {name!r} are both mapped to {path}; "
+                "expected one for each leaf."
+            )
+        taken[path] = name
+        found[name] = Pair(
+            name, path, *_layout(name, path, jnp.ndim(leaves[path]), transpose, caller)
+        )
+    missing = [path for path in leaves if path not in taken and path not in still]
+    if lost or missing:
+        says = [f"left over {some(lost)} of PyTorch"] if lost else []
+        says += [f"missing {some(missing)} of the parameters"] if missing else []
+        raise ValueError(
+            f"{caller}: {'; '.join(says)}. Give mapping=, a table or a function from PyTorch's "
+            "names to paths in the parameters, and to None for what has no place there."
+        )
+    # A table may serve other calls too: what leads to a leaf that has no name here is known
+    # elsewhere.
+    unknown = [
+        name
+        for name in sorted(unused)
+        if not {*options_of(target_of(name, mapping, caller) or "")} & still
+    ]
+    if unknown:
+        raise ValueError(
+            f"{caller}: found {some(unknown)} in transpose, which is no name of PyTorch's here; "
+            f"expected names such as {some(list(names))}."
+        )
+    return found
+
+
+def _expect_rules(mapping: Any, transpose: Any, caller: str) -> None:
+    """Refuses what is neither a table of names nor a function."""
+    for what, rule in [("mapping", mapping), ("transpose", transpose)]:
+        table = isinstance(rule, Mapping) and all(isinstance(name, str) for name in rule)
+        if rule is not None and not table and not callable(rule):
+            raise TypeError(
+                f"{caller}: {what}: found {brief(rule)}; expected a table by PyTorch's names, or a "
+                "function."
+            )
+
+
+def target_of(name: str, mapping: Names | None, caller: str) -> str | None:
+    """Where a name leads: the longest beginning that is in a table is replaced."""
+    if callable(mapping):
+        start, new = name, mapping(name)
+    else:
+        starts = [name[:i] for i in range(len(name), 0, -1) if name[i : i + 1] in (".", "")]
+        start = next((start for start in starts if start in (mapping or {})), "")
+        new = mapping[start] if mapping and start else ""
+    if not isinstance(new, (str, type(None))):
+        raise TypeError(
+            f"{caller}: mapping: found {brief(new)} for {start!r}; expected a path in the "
+            "parameters, or None."
+        )
+    return None if new is None else new + name[len(start) :]
+
+
+def options_of(target: str) -> list[str]:
+    """The paths that a name can mean."""
+    head, slash, last = target.replace(".", "/").rpartition("/")
+    return [head + slash + its for its in (last, *ALIASES.get(last, ()))]
+
+
+def _layout(
+    name: str, path: str, ndim: int, transpose: Layouts | None, caller: str
+) -> tuple[Convert, Convert]:
+    """The functions between PyTorch's array and ours."""
+    given = transpose(name, path) if callable(transpose) else (transpose or {}).get(name)
+    if isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given)):
+        there, back = given
+        return there, back  # type: ignore[return-value]
+    kernel = ndim >= 2 and path.rpartition("/")[2] == "kernel"
+    axes: Any = (
+        given if given is not None else (*range(2, ndim), 1, 0) if kernel else tuple(range(ndim))
+    )
+    if (
+        not isinstance(axes, (tuple, list))
+        or any(map(callable, axes))
+        or sorted(axes) != list(range(ndim))
+    ):
+        raise ValueError(
+            f"{caller}: transpose: found {given!r} for {name}; expected a permutation of the "
+            f"{ndim} axes, or a pair of functions, there and back, such as after_flatten(shape)."
+        )
+    inverse = np.argsort(axes).tolist()
+    return lambda x: x.transpose(axes), lambda x: x.transpose(inverse)
