@@ -186,7 +186,7 @@ def _rounded_and_rest(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Returns the updates and the parameters of the leaves that are rounded.
 
-    And the updates of the others.
+    It also returns the updates of the others.
     """
     low, rest = _split(updates, params)
     message = (
@@ -205,9 +205,9 @@ def _merged(low: PyTree, rest: PyTree) -> PyTree:
 
 
 def _step(old: Array, new: Array, rounded: Array) -> Any:
-    """What has to be added to `old` for `rounded`, or as much of it as is finite.
+    """Returns what has to be added to `old` for `rounded`, or what of it is finite.
 
-    Of a sum that is not finite, the sum.
+    If the sum is not finite, it returns the sum.
     """
     largest = np.finfo(np.float32).max
     difference = -(old - rounded)  # −0 where they are equal, which leaves a −0 what it is

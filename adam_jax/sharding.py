@@ -216,9 +216,10 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _split(its: _Parameter, shapes: list[Shape], mesh: Any, axes: Axes) -> list[Any]:
-    """How a parameter's state is cut.
+    """Returns how a parameter's state is sharded.
 
-    As it is itself and over `axes`, along an axis where all its arrays can be, or it alone.
+    It is sharded as the parameter, and over `axes` along an axis where all its arrays can be. If
+    there is no such axis, it is sharded as the parameter alone.
     """
     entries = [*its.sharding.spec, *[None] * (len(its.shape) - len(its.sharding.spec))]
     further = tuple(axis for axis in axes if axis not in _used(entries))

@@ -125,9 +125,9 @@ def _exact(gradients: np.ndarray) -> np.ndarray:
 def _stepped(
     tx: Any, params: jax.Array, gradients: Any, placed: Any = None
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Parameters and state after a jitted step for each gradient.
+    """Returns parameters and state after a jitted step for each gradient.
 
-    And the parameters that the last one was given.
+    It also returns the parameters that the last step was given.
     """
 
     def step(params: Any, state: Any, grads: Any) -> Any:

@@ -83,9 +83,9 @@ def storage(said: str) -> Any:
 def factory(
     name: str, storage: Any, precision: str, observed: bool = False
 ) -> Callable[[Any], adam_jax.extend.Transformation]:
-    """From a learning rate to the optimizer of that name, as the command line was told to store.
+    """Returns a function from a learning rate to the optimizer of that name.
 
-    To round and to look.
+    The optimizer stores, rounds and observes as the command line was told.
     """
     links = PRECISIONS[precision][1]
 

@@ -57,7 +57,7 @@ class Course(NamedTuple):
 class Progress(NamedTuple):
     """What a run has to show so far, as in `Course`.
 
-    And all that it goes on from beside its arrays.
+    It also has what the run goes on from beside its arrays.
     """
 
     rate: float
@@ -69,9 +69,9 @@ class Progress(NamedTuple):
 
 
 class Keeper(Protocol):
-    """What keeps a run: what it goes on from, where there is something.
+    """What keeps a run.
 
-    And what is saved as it goes.
+    It says what the run goes on from, if there is something, and saves it as it goes.
     """
 
     progress: Progress | None

@@ -17,9 +17,10 @@ LARGEST = 16
 
 
 class Data(NamedTuple):
-    """Images (n, height, width, channels) of float32, none in x_train beyond ±1.
+    """Images and labels.
 
-    And labels (n,) of int32 from 0.
+    Images are float32 of shape (n, height, width, channels), none in x_train beyond ±1. Labels are
+    int32 of shape (n,), from 0.
     """
 
     x_train: np.ndarray

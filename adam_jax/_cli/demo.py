@@ -48,7 +48,7 @@ def run(
 ) -> Course:
     """Trains with the best rate of a sweep, or with the one given.
 
-    Or goes on with a run that was kept.
+    A run that was kept goes on.
 
     A sweep is not kept: interrupted in it, a run sweeps anew, and finds the same rate. Once that is
     chosen it is kept.

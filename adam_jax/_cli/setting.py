@@ -85,9 +85,9 @@ def prepare(
 
 
 def shapes(dtype: Any) -> Any:
-    """The shapes of the network's parameters for `digits`.
+    """Returns the shapes of the network's parameters for `digits`.
 
-    Of which nothing is read and nothing made.
+    Nothing is read and no array is made.
     """
 
     def make(key: Array, images: Array) -> Any:

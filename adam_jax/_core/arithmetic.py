@@ -13,11 +13,11 @@ from adam_jax._core.leaves import as_wide, finfo
 
 
 def widen(grad: Any) -> Array:
-    """A gradient leaf in its computing dtype, saturated where its square would overflow.
+    """Returns a gradient leaf in its computing dtype, saturated where its square overflows.
 
-    Without the limit (2⁶² ≈ 4.6e18 in float32) one gradient of 1e20 makes ν infinite, and the
-    parameter never moves again. The same limited value feeds both moments, so the step keeps its
-    bound. An infinity saturates like any large number; NaN stays NaN.
+    If there were no limit (2⁶² ≈ 4.6e18 in float32), one gradient of 1e20 would make ν infinite,
+    and the parameter would never move again. The same limited value feeds both moments, so the step
+    keeps its bound. An infinity saturates like any large number; NaN stays NaN.
     """
     g = as_wide(grad)
     real = finfo(g.dtype)
@@ -68,9 +68,10 @@ def lerp(start: Array, end: Array, share: Array) -> Array:
 
 
 def make_ema(decay: float | Array, keep: Array, rate: Array) -> Callable[[Array, Array], Array]:
-    """The step of an average, (average, x) -> decay·average + (1 − decay)·x.
+    """Returns the step of an exponential moving average.
 
-    In the form whose rounding errors do not grow.
+    The function is (average, x) -> decay·average + (1 − decay)·x, in the form whose rounding errors
+    do not grow.
 
     From the average towards x where little of x is taken. From x towards the average where little
     of the average is kept: with a decay of 0 that is x itself, where the other form leaves the last

@@ -20,9 +20,9 @@ from adam_jax._core.transformation import Transformation, call_update, hides_rat
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
-    """Applies transformations in order.
+    """Applies transformations in order, as `optax.chain` does.
 
-    As `optax.chain` does, after a check that each can take what the one before gives.
+    Before, it checks that each can take what the one before gives.
 
     Its state is a tuple with one entry a stage. Any Optax transformation may stand in it, where
     plain updates flow. Between two stages updates are float32 or wider. The outermost chain rounds

@@ -104,7 +104,7 @@ def iter_stages(
 ) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
     """Yields place, group, transformation and state of each part of a configuration.
 
-    In the order in which updates meet them.
+    The order is that in which updates meet the parts.
 
     A wrapper comes before what is inside.
 
@@ -157,9 +157,9 @@ def read_counters(tx: Any, state: Any) -> dict[str, str]:
 
 
 def with_inside(state: Any, new: Mapping[int, Any]) -> Any:
-    """Returns a state with others in the place of some of its nodes.
+    """Returns a state in which some nodes are replaced.
 
-    Which are given by their `id`.
+    Nodes are given by their `id`.
     """
     return jax.tree.map(
         lambda node: new.get(id(node), node), state, is_leaf=lambda node: id(node) in new

@@ -24,9 +24,9 @@ def stage(
     end: Literal["rounds", "reads"] | None = None,
     canonical: Mapping[str, Callable[[Any], Any]] = {},
 ) -> Callable[[Callable[P, Definition | tuple[Init, Update]]], Callable[P, Transformation]]:
-    """Makes a stage of a function of hyperparameters that returns `init` and `update`.
+    """Makes a stage of a function of hyperparameters.
 
-    Or a whole `Definition`.
+    The function returns `init` and `update`, or a whole `Definition`.
 
         @stage(takes="updates", gives="updates", rate="before")
         def scale_by_sign(strength=1.0):
@@ -82,9 +82,9 @@ def stage(
 def wrapper(
     make: Callable[Concatenate[Any, P], tuple[Init, Update]],
 ) -> Callable[..., Transformation]:
-    """Makes a wrapper of a function of a transformation.
+    """Makes a wrapper of a function of a transformation, and of more arguments.
 
-    And of more arguments, that returns `init` and `update`.
+    The function returns `init` and `update`.
 
         class CountedState(NamedTuple):
             inner_state: Any

@@ -1,6 +1,6 @@
-"""Hyperparameters: numbers, traced scalars, schedules.
+"""Hyperparameters: numbers, traced scalars and schedules.
 
-And numbers that are kept in the state so that they can be set.
+A settable number is kept in the state, so that it can be changed during a run.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def complement(value: Scalar, dtype: Any) -> Array:
 def increment(count: Any) -> Any:
     """Returns count + 1, which stays at the largest int32 and does not wrap.
 
-    Of a counter that is not there, `None`.
+    For a counter that is `None` it returns `None`.
     """
     if count is None:
         return None

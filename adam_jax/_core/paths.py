@@ -1,6 +1,6 @@
-"""The places of leaves: their names, one form for dicts, Flax's trees and Equinox's.
+"""The paths of leaves, in one form for dicts, Flax's trees and Equinox's.
 
-And which parameter an array belongs to.
+Here is also decided which parameter an array of a state belongs to.
 """
 
 from __future__ import annotations

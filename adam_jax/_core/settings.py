@@ -1,6 +1,6 @@
 """Hyperparameters of a run: read by stable names, and set where they are settable.
 
-And the step that schedules have reached.
+The step that schedules have reached can be set as well.
 """
 
 from __future__ import annotations

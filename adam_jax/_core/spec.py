@@ -266,7 +266,7 @@ def bind(
 ) -> inspect.BoundArguments:
     """Returns the arguments of a call by name, with the defaults.
 
-    And in the one spelling that `canonical` gives them.
+    Each is in the one spelling that `canonical` gives it.
     """
     bound = inspect.signature(constructor).bind(*args, **kwargs)
     bound.apply_defaults()

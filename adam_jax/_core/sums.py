@@ -63,9 +63,9 @@ def _last_first(x: Array, axes: tuple[int, ...] | None) -> list[int]:
 
 
 def _in_units(x: Array, axis: int) -> tuple[Array, Array]:
-    """A power of two close to the largest number along an axis, and all in units of it.
+    """Returns a power of two close to the largest number along an axis.
 
-    Which rounds nothing.
+    It also returns all numbers in units of it. That rounds nothing.
     """
     info = finfo(x.dtype)
     largest = lax.stop_gradient(jnp.max(x, axis, keepdims=True, initial=0))
@@ -137,9 +137,9 @@ def all_reduce(x: Array, reduce: Callable[..., Any], like: Any = None) -> Array:
 
 
 def _varies_along(x: Array) -> Any:
-    """The axes of `jax.shard_map` along which an array differs from device to device.
+    """Returns the axes of `jax.shard_map` along which an array differs between devices.
 
-    As far as JAX knows.
+    It returns those that JAX knows of.
     """
     kind: Any = jax.typeof(x)
     # JAX 0.10 calls them so; JAX from 0.7 on has a set. Before, and under check_vma=False, nothing

@@ -124,9 +124,9 @@ NUMBERS = ("bytes", "rate", "decay")
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
-    """Says of each parameter what an optimizer does with it and keeps for it.
+    """Says what an optimizer does with each parameter and keeps for it.
 
-    And what all that weighs. Nothing is allocated.
+    It also says how many bytes that takes. Nothing is allocated.
 
         print(describe(by_path({".*/bias": {"weight_decay": 0.0}}, adamw(1e-3)), params))
 

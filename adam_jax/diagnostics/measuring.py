@@ -183,9 +183,9 @@ def _applied(row: SampledLeaf, rate: Any) -> SampledLeaf:
 def _rows(
     see: Callable[..., Vectors | None], sizes: list[int], *trees: PyTree
 ) -> list[SampledLeaf]:
-    """What `see` makes of the elements of each leaf.
+    """Returns what `see` makes of the elements of each leaf.
 
-    Of which there are so many in the whole one.
+    `sizes` says how many elements the whole leaves have.
     """
     return [
         _row(see, size, *leaves)

@@ -49,9 +49,9 @@ class WholeStep(NamedTuple):
 
 
 class Probe(Interceptor):
-    """Follows the updates through a chain.
+    """Follows the updates through a chain, and into each group inside.
 
-    And into each group inside, with a few elements of every leaf.
+    It takes a few elements of every leaf.
 
     The stages run on these few once more. To take them from what the stages make would be shorter;
     but XLA would then keep whole arrays for it, of directions and updates, which otherwise never
@@ -76,9 +76,10 @@ class Probe(Interceptor):
         return self.groups[name]
 
     def before(self, part: Any, updates: Any, state: Any, params: PyTree, context: Context) -> None:
-        """Runs a stage on the elements, from the first that makes moments.
+        """Runs a stage on the elements.
 
-        Or stands behind groups, to the one that rounds.
+        It begins with the first stage that makes moments or stands behind groups, and ends before
+        the one that rounds.
         """
         begun = self.flowing is not None or bool(self.groups)
         self.selector = context.selector or self.selector
@@ -106,9 +107,9 @@ class Probe(Interceptor):
         self.step = WholeStep(tx, gradient, made, state, params)
 
     def few(self, tree: PyTree, shapes: Parameters) -> PyTree:
-        """The tree with some elements of each array that belongs to a parameter.
+        """Returns the tree with some elements of each array that belongs to a parameter.
 
-        At the same places in all of them.
+        They are at the same places in all arrays.
         """
         chosen = _chosen(shapes)
 

@@ -1,6 +1,6 @@
-"""A run that is under way goes on with another optimizer, from another library.
+"""A run that is under way goes on with another optimizer, or from another library.
 
-Or afresh in part.
+Parts of it can start afresh.
 """
 
 from adam_jax.migrate.convert import convert_state

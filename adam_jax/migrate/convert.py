@@ -29,7 +29,7 @@ def convert_state(
 ) -> Converted:
     """Carries a run over to another configuration.
 
-    Other storage, another member of the family, other links.
+    That is another storage, another optimizer, other groups or other stages.
 
         converted = convert_state(state, adam(1e-3), amsgrad(1e-3, storage="8bit"), params)
         print(converted)

@@ -206,9 +206,9 @@ def _is_count(path: tuple[Any, ...]) -> bool:
 
 
 def _split(state: PyTree) -> tuple[list[Node], dict[str, Any], list[str]]:
-    """The states with moments, the counts that schedules read.
+    """Returns the states with moments and the counts that schedules read.
 
-    And the places of arrays that are neither.
+    It also returns the places of arrays that are neither.
     """
     nodes, counts, others = [], {}, []
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_has_moments):

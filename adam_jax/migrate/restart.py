@@ -245,9 +245,9 @@ def _start(leaf: StoredLeaf, slot: Slot) -> StoredLeaf:
 
 
 def _zeroed(weight: Array, ndim: int, marks: np.ndarray, split: bool) -> Array:
-    """A weight, of `ndim` dimensions before there is one a leaf.
+    """Returns a debias factor that is 0 where the moments start afresh.
 
-    That is 0 where the moments start afresh.
+    It has `ndim` dimensions before there is one per leaf.
     """
     if split:
         return jnp.where(marks, 0, weight if weight.ndim > ndim else weight[..., None])

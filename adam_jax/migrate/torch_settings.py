@@ -1,6 +1,6 @@
 """What PyTorch's parameter groups say.
 
-Which has to be what a transformation of ours does with their leaves.
+It has to be what a transformation of ours does with their leaves.
 """
 
 from __future__ import annotations

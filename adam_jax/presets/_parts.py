@@ -82,7 +82,7 @@ def nadam_direction(
 ) -> Stages:
     """Nadam up to the learning rate.
 
-    That averages with b1 and looks ahead with `WarmingMomentum`.
+    It averages with b1 and looks ahead with `WarmingMomentum`.
     """
     momentum: Any = WarmingMomentum(
         b1, momentum_decay
@@ -136,9 +136,9 @@ def _values(count: Array, **numbers: Number) -> list[Array]:
 
 
 def decays_by_rate(learning_rate: Number, weight_decay: Number | None) -> Stages:
-    """The step −learning_rate·weight_decay·params, for behind an accumulator of steps.
+    """Returns what makes the step −learning_rate·weight_decay·params.
 
-    Which must not gather it.
+    It stands behind an accumulator of steps, which must not gather it.
     """
     if weight_decay is None or is_zero(weight_decay):
         return ()

@@ -106,7 +106,8 @@ def nadam(
 ) -> Transformation:
     """`keras.optimizers.Nadam`.
 
-    As `torch.nadam`, with a momentum that warms up 250 times as fast, and ε as in Algorithm 1.
+    It is `torch.nadam` with a momentum that warms up 250 times as fast, and with ε as in Algorithm
+    1.
 
         mₜ = beta_1·(1 − ½·0.96ᵗ)
         params ← params − learning_rate·mu_hat / (√nu_hat + epsilon)

@@ -171,7 +171,7 @@ def rmsprop(
 ) -> Transformation:
     """`torch.optim.RMSprop`: momentum gathers directions.
 
-    Which the learning rate of the day multiplies.
+    The learning rate of the day multiplies their sum.
 
         g ← g + weight_decay·params
         buffer ← momentum·buffer + g / (√nu + eps)         centered: nu − mean(g)² for nu

@@ -86,9 +86,9 @@ def _reciprocals(weights: dict[str, Array]) -> dict[str, Array]:
 
 
 class LookAheadState(NamedTuple):
-    """State of `look_ahead`. Where it looks ahead with the decay of the moments it needs none.
+    """State of `look_ahead`.
 
-    And all is `None`.
+    If it looks ahead with the decay of the moments, it needs no state, and all is `None`.
 
     Attributes:
       step: steps taken, int32; `None` where there is no schedule.
@@ -185,7 +185,7 @@ class RectifyState(NamedTuple):
 def rectify(threshold: ScalarOrSchedule = 5.0) -> Definition:
     """Shortens the step while ν has seen few gradients.
 
-    And leaves ν out of it while it has seen too few.
+    While ν has seen too few, the update does without it.
 
         age ← 1 + (1 − (1 − b2)/nu_weight)·age
         rho, rho_inf = 2·age − 1, 2/(1 − b2) − 1

@@ -20,7 +20,7 @@ from adam_jax._core.sums import mean
 def cautious(*, after_learning_rate: bool | None = None) -> tuple[Init, Update]:
     """Takes only those elements of the update that this step's gradient agrees with.
 
-    And makes up for the rest.
+    These are scaled up to make up for the rest.
 
         agrees = update·gradient < 0                 (> 0 before the learning rate)
         update ← update·agrees / max(mean(agrees), 1e-3)

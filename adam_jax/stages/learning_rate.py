@@ -77,7 +77,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> Definition:
 def _like_gradient(updates: PyTree, params: PyTree, gradient: PyTree | None) -> PyTree:
     """Returns a tree whose leaves have the dtypes of the gradients.
 
-    As far as a stage outside of a chain can know them.
+    A stage outside of a chain does not always know them.
 
     A stage in front has widened the gradient of a half-precision parameter to float32, or it was
     float32 before. The updates do not tell. It is taken to have the parameter's dtype, as gradients

@@ -67,9 +67,9 @@ def accumulate_weight(weight: Array, rate: Array) -> Array:
 
 
 def per_leaf(value: Array) -> Callable[[], Array]:
-    """What each leaf gets that takes part, in turn.
+    """Returns a function that yields the value of each trained leaf, in order.
 
-    Of a scalar the scalar, of a vector its own entry.
+    A scalar is the value of all leaves. A vector has an entry for each.
     """
     return (lambda: value) if jnp.ndim(value) == 0 else functools.partial(next, iter(value))
 

@@ -20,11 +20,11 @@ from adam_jax.storage.slots import tops
 def limit_gradients(
     grads: PyTree, state: Any, slots: Sequence[MomentSlot], rule: NuRule, nu_rate: Array
 ) -> PyTree:
-    """The gradients, saturated where the storage of ν would be.
+    """Returns the gradients, saturated where the storage of ν would be.
 
-    As in `widen`, and for the same reason: where μ took a gradient that ν cannot, the steps behind
-    would have no bound. A ν in codes or in a narrow float beside a μ with a wider range needs it,
-    and so does float64.
+    The reason is that of `widen`: if μ took a gradient that ν cannot, the steps behind would have
+    no bound. That matters where ν is stored in codes or in a narrow float beside a μ with a wider
+    range, and for float64.
     """
     by_name = {slot.name: slot for slot in slots}
     if "nu" not in by_name:

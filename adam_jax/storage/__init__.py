@@ -1,6 +1,6 @@
 """How a moment is stored between two steps.
 
-As it is computed, as a narrower float, or as codes of eight bits.
+It is stored as it is computed, as a narrower float, or as codes of eight bits.
 
 A stored moment has the shape of its parameter, and each of its elements depends on that element
 alone. So the moment is sharded as its parameter is, and a step stays one pass over memory. Rounding

@@ -236,9 +236,9 @@ class Codec:
         return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
 
     def next_exponent(self, code: Array, unit: Any) -> Any:
-        """The exponents of the units in which the next step encodes, of the shape of `unit`.
+        """Returns the exponents of the units in which the next step encodes.
 
-        Which has 1 where codes share one.
+        They have the shape of `unit`, which is 1 where codes share one.
 
         From the codes and not from the moments: a CPU would compute those once more.
         """
@@ -256,9 +256,9 @@ class Codec:
         )
 
     def _clear(self, octave: Any) -> Any:
-        """The unit's exponent with which code octave `octave` is the last but one of the fine ones.
+        """Returns the exponent of a unit such that no factor overflows.
 
-        And no factor overflows.
+        With it code octave `octave` is the last but one of the fine ones.
         """
         return jnp.clip(octave - (self.fine - 2), -126, 126)
 

@@ -166,9 +166,9 @@ def canonical(storage: Any) -> Any:
 def resolve_storage(
     storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None
 ) -> tuple[Form, Form]:
-    """How μ and ν rest: `storage` for both or a pair of them, or.
+    """Returns how μ and ν are stored.
 
-    As in Optax, a dtype for all leaves however small.
+    `storage` is for both, or a pair of them. As in Optax, a dtype is for all leaves, however small.
 
     Raises:
       ValueError: for what is no storage, or where a dtype is given beside a storage that says

@@ -78,9 +78,9 @@ class MomentSlot(Slot):
         return jnp.full(shape, code, codec.dtype)
 
     def init(self, params: PyTree) -> PyTree:
-        """Returns the start of the moment, stored, for each parameter that takes part.
+        """Returns the start of the moment, stored, for each trained parameter.
 
-        Real where the moment has no sign.
+        It is real if the moment has no sign.
         """
         return like_params(
             lambda p: self.first(jnp.shape(p), wide_dtype(p) if self.signed else real_dtype(p)),
@@ -254,9 +254,9 @@ class MomentSlot(Slot):
 
     @property
     def _scale(self) -> str:
-        """The key of its scales: another one than its name.
+        """The key of its scales.
 
-        By which `optax.tree.get` finds moments.
+        It is not its name, because `optax.tree.get` finds moments by that.
         """
         return scale_key(self.name)
 

@@ -211,9 +211,9 @@ def _some(found: list[str]) -> str:
 
 
 def only(name: str, its: list[str], tree: PyTree) -> PyTree:
-    """The tree with the leaves of one group alone.
+    """Returns the tree with the leaves of one group alone.
 
-    Without the boxes of others, since not all of Flax's can hold nothing.
+    The boxes of other leaves are left out, since not all of Flax's can hold nothing.
     """
     groups = iter(its)
 

@@ -91,7 +91,7 @@ def skip_spikes(
 ) -> SkipWrapper:
     """Skips the steps whose gradient norm is far above its recent values.
 
-    And those that `skip_nonfinite` skips.
+    It also skips those that `skip_nonfinite` skips.
 
         skip where log(norm) > median + max(deviations·1.4826·MAD, log(least_ratio))
 
