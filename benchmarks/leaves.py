@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from benchmarks._table import Table, show
+from benchmarks._timing import Result, Times, compile_step, measure
 from benchmarks._trees import LEAVES
-from benchmarks.step import OPTAX, OPTIMIZERS, Result, Times, compile_step, measure, ratio_cell
+from benchmarks.step import OPTAX, OPTIMIZERS, ratio_cell
 
 
 def growth_table(results: Sequence[Result]) -> Table:

@@ -25,8 +25,8 @@ import optax
 from jax import Array
 
 import adam_jax
+from benchmarks._networks import mlp, start_mlp
 from benchmarks._table import Table, show
-from benchmarks._training import mlp, start_mlp
 from benchmarks._trees import TREES, WARM_UP
 
 EVERY, BATCH = 10, 128

@@ -19,8 +19,8 @@ import numpy as np
 
 import adam_jax
 from adam_jax.storage.formats import Codes
+from benchmarks._data import MNIST, mnist, small_digits
 from benchmarks._table import Table, show
-from benchmarks._training import MNIST, mnist, small_digits
 
 FACTORS = (1.0, 1e3, 1e4, 1e5, 1e6)
 FORMS = {

@@ -24,7 +24,7 @@ from adam_jax.storage.random_bits import random_bits
 from adam_jax.storage.scales import UNKNOWN, unpack
 from adam_jax.storage.slot import MomentSlot
 from benchmarks import outliers
-from benchmarks._training import small_digits
+from benchmarks._data import small_digits
 
 OPTIMIZED = True  # it computes for longer than it compiles
 
