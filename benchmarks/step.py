@@ -43,6 +43,7 @@ from benchmarks._timing import (
 )
 from benchmarks._torch_step import TorchProcess
 from benchmarks._trees import TREES
+from benchmarks.kernels import kernel_table
 
 STEP_BOUND, COMPILE_BOUND = 1.02, 1.0
 
@@ -250,5 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cost_table(results, torch.device if torch else ""),
         bound_table(results),
         storage_table(stored),
+        kernel_table(),
     ]
     show(tables, options.output)
