@@ -25,6 +25,7 @@ from helpers import same
 
 import adam_jax
 from adam_jax._cli import choices, demo
+from adam_jax._cli import setting as shared
 from adam_jax._cli.choices import OPTIMIZERS
 from adam_jax._cli.course import GOAL, RATES
 from adam_jax._cli.data import check, digits, read
@@ -419,7 +420,7 @@ def low(tmp_path_factory):
     """
     data, found = read(save(tmp_path_factory.mktemp("low") / "images.npz")), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "Network", Hidden)
+        patch.setattr(shared, "Network", Hidden)
         for precision, (dtype, _) in choices.PRECISIONS.items():
             setting = prepare(data, 100, 16, 0, sweeps=False, dtype=dtype)
             kept, make = (
