@@ -3,7 +3,7 @@
 `python -m benchmarks.pathologies`.
 
 An MLP of 64-32-32-10 on the digits of scikit-learn, every step observed, in a few seconds.
-`tests/test_pathologies.py` holds what the table shows.
+`tests/diagnostics/test_pathologies.py` holds what the table shows.
 """
 
 from __future__ import annotations

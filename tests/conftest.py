@@ -18,6 +18,11 @@ pytest.register_assert_rewrite("helpers")
 
 OURS = "ADAM_JAX_TESTS_CACHE"
 
+# Processes that tests start find the helpers, whatever folder a test is in.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
+)
+
 # The workers of a run, and the processes that tests start, share what they compile. It begins empty
 # and ends with the run. Not with JAX 0.6: what it reads back has forgotten which arguments were
 # donated, and parameters stay what they were.

@@ -4,12 +4,16 @@ expected errors.
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiler options with which LLVM does less. What XLA makes of a program and of its memory stays

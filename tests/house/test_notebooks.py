@@ -3,12 +3,12 @@ be looked at. CI runs them.
 """
 
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import ROOT
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 FIRST_CELL = """\
 # Where adam_jax comes from if it is not installed: a clone, a wheel, or "git+https://…".

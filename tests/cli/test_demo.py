@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import same
+from helpers import ROOT, TESTS, same
 
 import adam_jax
 from adam_jax._cli import choices, demo
@@ -521,7 +521,7 @@ def alone(code, **environment):
 
 def test_on_two_devices_the_state_is_cut_and_the_losses_are_those_of_one(write, tmp_path):
     """Of devices that JAX makes when it is asked for two."""
-    alone(DEVICES.format(paths=(str(Path(__file__).parent), str(write()), str(tmp_path / "a.png"))))
+    alone(DEVICES.format(paths=(str(TESTS), str(write()), str(tmp_path / "a.png"))))
 
 
 def test_devices_that_are_there_will_do():
@@ -986,7 +986,7 @@ def helped(capsys, *command):
     return capsys.readouterr().out
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "command-line.md"
+PAGE = ROOT / "docs" / "command-line.md"
 
 
 def test_the_page_has_every_option(capsys, monkeypatch):

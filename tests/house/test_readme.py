@@ -1,14 +1,13 @@
 """README's and the docs' Python blocks run as they stand, and name nothing that does not exist."""
 
 import re
-from pathlib import Path
 
 import jax
 import pytest
+from helpers import ROOT
 
 import adam_jax
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     (page.name, i, code)

@@ -2,9 +2,9 @@
 
 import ast
 import re
-from pathlib import Path
 
-TESTS = Path(__file__).parent
+from helpers import TESTS
+
 PAGE = TESTS.parent / "docs" / "promises.md"
 
 
@@ -16,8 +16,8 @@ def promises():
 
 def functions(file):
     """The tests that a file defines."""
-    path = TESTS / file
-    nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else []
+    (path,) = TESTS.rglob(file)
+    nodes = ast.walk(ast.parse(path.read_text()))
     return {
         node.name
         for node in nodes

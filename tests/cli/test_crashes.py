@@ -12,17 +12,17 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import ROOT
 
 from adam_jax._cli.data import digits
 
-TRAIN = Path(__file__).parent.parent / "docs" / "scripts" / "train.py"
+TRAIN = ROOT / "docs" / "scripts" / "train.py"
 EVERY, KILLS = 3, 5
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 CASES = {

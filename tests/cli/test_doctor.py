@@ -7,19 +7,17 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import ROOT
 
 import adam_jax
 from adam_jax._cli import checks, doctor
 from adam_jax._cli.main import main
-
-ROOT = Path(__file__).parent.parent
 
 
 def verdicts(*names):

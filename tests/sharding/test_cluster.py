@@ -8,18 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import ROOT
 
 from adam_jax._cli.data import digits
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = Path(__file__).parent.parent / "docs" / "scripts"
+SCRIPTS = ROOT / "docs" / "scripts"
 TRAIN = str(SCRIPTS / "train.py")
 STEPS, EVERY = 24, 6
 # Seconds without a step after which the script gives up, for a JAX that waits longer for heartbeats

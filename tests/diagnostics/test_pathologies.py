@@ -3,10 +3,10 @@ same network are not.
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from benchmarks.pathologies import PATHOLOGIES, ROUNDED, SHIFT, found, train
 
@@ -14,7 +14,7 @@ from benchmarks.pathologies import PATHOLOGIES, ROUNDED, SHIFT, found, train
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 OPTIMIZED = True  # runs of thousands of steps
 
-PAGE = (Path(__file__).parent.parent / "docs" / "diagnose.md").read_text()
+PAGE = (ROOT / "docs" / "diagnose.md").read_text()
 SHIFTED, EPS, HALF, DEAD = PATHOLOGIES
 
 
