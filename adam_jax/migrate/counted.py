@@ -15,8 +15,14 @@ from adam_jax._core.context import Context
 from adam_jax._core.leaves import PyTree, dtype_of
 from adam_jax._core.transformation import Transformation, call_update
 
-FOLLOWS = ("count", "step", "weights", "weight", "age")
-"""The fields of stages that follow from the number of steps."""
+
+def follows_from_count(stage: StageInstance) -> set[str]:
+    """Returns the fields of a stage that follow from the number of steps."""
+    definition = stage.definition
+    assert definition is not None
+    return {"weights", *definition.follows} | (
+        {definition.counter} if definition.counter else set()
+    )
 
 
 def after_steps(
@@ -36,12 +42,17 @@ def after_steps(
         if isinstance(part.tx, Transformation) and part.tx.interface.end is None and _is_stage(part)
     ]
     first = [stage.tx.init(small) for stage in stages]
+    following = [follows_from_count(stage) for stage in stages]
     context = Context(gradient=small, applied=True, inside=True)
 
     def kept(states: Sequence[Any]) -> list[dict[str, Any]]:
-        fields = [s._asdict() if hasattr(s, "_asdict") else {} for s in states]
         return [
-            {name: its[name] for name in FOLLOWS if its.get(name) is not None} for its in fields
+            {
+                name: value
+                for name, value in state._asdict().items()
+                if name in names and value is not None
+            }
+            for state, names in zip(states, following, strict=True)
         ]
 
     def step(_: Any, fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,15 +70,13 @@ def after_steps(
 
 
 def entry_per_leaf(
-    field: str, value: Any, counts: Sequence[int], follows: Mapping[int, Any], place: str
+    field: str, value: Any, counts: Sequence[int], follows: Mapping[int, Any], stage: StageInstance
 ) -> Any:
-    """What follows from the count.
-
-    An entry a leaf of weights and ages where leaves have taken other steps.
-    """
-    if field not in ("weights", "weight", "age") or len({*counts}) < 2:
+    """Returns what follows from the count, with an entry per leaf if leaves took other steps."""
+    assert stage.definition is not None
+    if field == stage.definition.counter or len({*counts}) < 2:
         return value
-    return jnp.stack([follows[count][place][field] for count in counts], axis=-1)
+    return jnp.stack([follows[count][stage.place][field] for count in counts], axis=-1)
 
 
 def whole(count: Any, caller: str) -> int:

@@ -20,21 +20,8 @@ from adam_jax._core.paths import by_its_path
 from adam_jax._core.spec import show
 from adam_jax._core.transformation import Transformation, expect_transformation
 from adam_jax.migrate.counted import after_steps, entry_per_leaf
-from adam_jax.stages.bias import LookAheadState
+from adam_jax.migrate.kinds import kind_of
 from adam_jax.storage.stored_leaf import narrow_to_nearest, repack_moment, unpack_moment
-
-KINDS = {
-    "mu": "a mean of gradients",
-    "trace": "a sum of gradients",
-    "trace of steps": "a sum of steps, behind the learning rate",
-    "mu_slow": "a slow mean of gradients",
-    "nu": "a mean of squares",
-    "belief": "a mean of squared distances from the mean",
-    "infinity": "a decaying maximum",
-    "nu_max": "a maximum of ν that is not corrected any more",
-    "raw nu_max": "a maximum of the raw ν, corrected later",
-}
-"""What moments can be, so far as libraries differ in it."""
 
 
 class Memory(NamedTuple):
@@ -49,7 +36,7 @@ class Memory(NamedTuple):
         return by_its_path(getattr(self.part.state, self.field))
 
 
-class Run(NamedTuple):
+class ForeignState(NamedTuple):
     """What other libraries keep of a run.
 
     Attributes:
@@ -94,7 +81,7 @@ def memories(
             for first in found.get(kind, ()):
                 if first.leaves.keys() & memory.leaves.keys():
                     raise ValueError(
-                        f"{caller}: tx has {KINDS[kind]} at {first.part.place} and at "
+                        f"{caller}: tx has {kind_of(kind)} at {first.part.place} and at "
                         f"{part.place}; expected one. Move each part alone."
                     )
             found.setdefault(kind, []).append(memory)
@@ -141,8 +128,8 @@ def same_kinds(ours: Mapping[str, Any], theirs: Mapping[str, str], caller: str, 
     """Refuses moments that only one side has; `theirs` says of each kind where it is."""
     extra, missing = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     if extra or missing:
-        says = [f"{where} has {KINDS[kind]} ({theirs[kind]}), which tx has not" for kind in extra]
-        says += [f"tx has {KINDS[kind]}, which {where} has not" for kind in missing]
+        says = [f"{where} has {kind_of(kind)} ({theirs[kind]}), which tx has not" for kind in extra]
+        says += [f"tx has {kind_of(kind)}, which {where} has not" for kind in missing]
         raise ValueError(
             f"{caller}: {'; '.join(says)}. Give a tx whose moments are the same, and change to "
             "another later, with convert_state."
@@ -154,7 +141,7 @@ def trained(tree: PyTree) -> dict[str, Any]:
     return {path: leaf for path, leaf in by_its_path(tree).items() if takes_part(leaf)}
 
 
-def fill(tx: Any, params: PyTree, run: Run, caller: str) -> PyTree:
+def fill(tx: Any, params: PyTree, run: ForeignState, caller: str) -> PyTree:
     """The state of `tx` in a run that others began.
 
     Raises:
@@ -169,7 +156,7 @@ def fill(tx: Any, params: PyTree, run: Run, caller: str) -> PyTree:
     filled: dict[int, dict[str, Any]] = {}
     for kind, its in found.items():
         theirs = run.moments[kind]
-        same_leaves(theirs, all_leaves(its), f"{caller}: {KINDS[kind]}")
+        same_leaves(theirs, all_leaves(its), f"{caller}: {kind_of(kind)}")
         for part, field in its:
             leaves = []
             at_rest = unpack_moment(field, getattr(part.state, field), part.state.scales)
@@ -199,7 +186,7 @@ def fill(tx: Any, params: PyTree, run: Run, caller: str) -> PyTree:
             ]
             longest = follows[max(counts, default=max(follows))].get(part.place, {})
             fields = {
-                field: entry_per_leaf(field, value, counts, follows, part.place)
+                field: entry_per_leaf(field, value, counts, follows, part)
                 for field, value in longest.items()
             }
             fields |= filled.get(id(part), {})
@@ -210,7 +197,7 @@ def fill(tx: Any, params: PyTree, run: Run, caller: str) -> PyTree:
     return rebuilt(tx, states())
 
 
-def read(tx: Any, state: PyTree, caller: str) -> Run:
+def read(tx: Any, state: PyTree, caller: str) -> ForeignState:
     """What other libraries keep of a run of ours.
 
     Raises:
@@ -248,8 +235,8 @@ def read(tx: Any, state: PyTree, caller: str) -> Run:
             moments[kind] |= {
                 path: x.widen() for path, x in zip(memory.leaves, at_rest, strict=True)
             }
-    ahead = [_ahead_of(part, held) for part in parts if isinstance(part.state, LookAheadState)]
-    return Run(count, steps[0] if steps else count, moments, ahead[0] if ahead else None)
+    ahead = [_ahead_of(part, held) for part in parts if ahead_field(part)]
+    return ForeignState(count, steps[0] if steps else count, moments, ahead[0] if ahead else None)
 
 
 def _applies_rate(part: StageInstance) -> bool:
@@ -257,9 +244,18 @@ def _applies_rate(part: StageInstance) -> bool:
     return stage and part.tx.interface.rate == "applies"
 
 
+def ahead_field(part: StageInstance) -> str | None:
+    """Returns the field of the number that a look ahead divides by; `None` for other stages.
+
+    It is what follows from the debias factor of μ.
+    """
+    follows = part.definition.follows if part.definition else {}
+    return next((field for field, follower in follows.items() if follower.moment == "mu"), None)
+
+
 def _ahead_of(part: StageInstance, held: Sequence[Memory]) -> float:
     """The weight that a look ahead divides by: its own, or that of μ."""
-    weight = part.state.weight
+    weight = getattr(part.state, ahead_field(part) or "")
     if weight is None:
         tracked = next(
             memory.part

@@ -17,8 +17,7 @@ from adam_jax._core.settings import set_settable
 from adam_jax._core.transformation import abstract_state
 from adam_jax.migrate.counted import whole
 from adam_jax.migrate.foreign_state import (
-    KINDS,
-    Run,
+    ForeignState,
     all_leaves,
     decays,
     fill,
@@ -28,6 +27,7 @@ from adam_jax.migrate.foreign_state import (
     same_leaves,
     trained,
 )
+from adam_jax.migrate.kinds import kind_of
 
 MOMENTS: dict[str, dict[str, str]] = {
     "ScaleByAdamState": {"mu": "mu", "nu": "nu"},
@@ -144,7 +144,7 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
             "state has one."
         )
     trees = {kind: all_leaves(its) for kind, its in found.items()}
-    made = fill(tx, params, Run(known, known if steps is None else steps, trees), caller)
+    made = fill(tx, params, ForeignState(known, known if steps is None else steps, trees), caller)
     return set_settable(made, tx, _injected(state))
 
 
@@ -231,7 +231,7 @@ def _found(nodes: list[Node], ours: Mapping[str, Any], caller: str) -> dict[str,
             for first in found.get(kind, ()):
                 if both := first.leaves.keys() & moment.leaves.keys():
                     raise ValueError(
-                        f"{caller}: found {KINDS[kind]} of {min(both)} at {first.place} and at "
+                        f"{caller}: found {kind_of(kind)} of {min(both)} at {first.place} and at "
                         f"{moment.place}; expected one for each parameter. Give the part of the "
                         "state that has one of them."
                     )

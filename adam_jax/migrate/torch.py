@@ -17,7 +17,8 @@ from adam_jax._core.leaves import PyTree
 from adam_jax._core.spec import all_specs
 from adam_jax._core.transformation import abstract_state
 from adam_jax.migrate.foreign_state import (
-    Run,
+    ForeignState,
+    ahead_field,
     all_leaves,
     decays,
     fill,
@@ -36,7 +37,6 @@ from adam_jax.migrate.torch_state import (
     names_by_number,
     steps_by_path,
 )
-from adam_jax.stages.bias import LookAheadState
 
 
 def from_torch(
@@ -128,7 +128,7 @@ def from_torch(
             f"{caller}: left over {some(unknown)} in the state; expected {some(list(kinds))}."
         )
     same_kinds(ours, {kinds[field]: field for field in fields}, caller, "the state dict")
-    if ("mu_product" in kept) != any(isinstance(part.state, LookAheadState) for part in parts):
+    if ("mu_product" in kept) != any(map(ahead_field, parts)):
         has = (
             "has the mu_product of NAdam, and tx does not look"
             if "mu_product" in kept
@@ -169,7 +169,7 @@ def from_torch(
     steps = steps_by_path(
         {pairs[name].path: entry.get("step") for name, entry in of.items()}, count, caller
     )
-    return fill(tx, params, Run(steps, max(steps.values(), default=0), moments), caller)
+    return fill(tx, params, ForeignState(steps, max(steps.values(), default=0), moments), caller)
 
 
 def to_torch(
