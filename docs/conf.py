@@ -68,7 +68,7 @@ def equations_as_written(app, what, name, obj, options, lines):
         ):
             done += ["::", ""]
             literal = True
-        elif line.strip() and not indented:
+        elif line.strip() and not line.startswith(" "):
             literal = False
         done.append(line if literal else line.replace("|", r"\|"))
     lines[:] = done

@@ -3,6 +3,7 @@ expected errors.
 """
 
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -92,3 +93,19 @@ def same(found, expected):
 def refused(error, *says):
     """A context that expects an error whose message has all of `says`."""
     return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in says))
+
+
+MOVES = re.compile(
+    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|"
+    r"reduce-scatter|send|recv)(?:-start)?\("
+)
+
+
+def moves(text):
+    """Kind and number of elements of what each collective of a compiled program returns."""
+    matches = filter(None, map(MOVES.search, text.splitlines()))
+    return [
+        [match[2], math.prod(map(int, filter(None, shape.split(",")))) if shape else 1]
+        for match in matches
+        for shape in re.findall(r"\w\[([\d,]*)\]", match[1])
+    ]

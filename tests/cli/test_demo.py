@@ -521,7 +521,7 @@ def alone(code, **environment):
 
 def test_on_two_devices_the_state_is_cut_and_the_losses_are_those_of_one(write, tmp_path):
     """Of devices that JAX makes when it is asked for two."""
-    alone(DEVICES.format(paths=(str(TESTS), str(write()), str(tmp_path / "a.png"))))
+    alone(DEVICES.format(paths=(str(TESTS / "cli"), str(write()), str(tmp_path / "a.png"))))
 
 
 def test_devices_that_are_there_will_do():

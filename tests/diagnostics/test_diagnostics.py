@@ -19,7 +19,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import QUICKLY, bits, has_float16, refused
+from helpers import QUICKLY, bits, has_float16, moves, refused
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -950,8 +950,6 @@ SHARDED_SAMPLE = 2**10
 
 
 def main():
-    from test_sharding import moves
-
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     params = {"w": some((256, 512)), "v": some((64, 1024)), "b": some((64,))}
     grads = [gradients(params) for _ in range(2)]

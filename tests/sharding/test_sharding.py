@@ -9,7 +9,6 @@ import collections
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import moves
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -492,22 +492,6 @@ Else rows on several devices share a scale, which is too large for some.
 def apart(found, expected):
     """How far each shard is from its part of the expected array."""
     return [np.asarray(shard.data) - expected[shard.index] for shard in found.addressable_shards]
-
-
-MOVES = re.compile(
-    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|"
-    r"reduce-scatter|send|recv)(?:-start)?\("
-)
-
-
-def moves(text):
-    """Kind and number of elements of what each collective of a compiled program returns."""
-    matches = filter(None, map(MOVES.search, text.splitlines()))
-    return [
-        [match[2], math.prod(map(int, filter(None, shape.split(",")))) if shape else 1]
-        for match in matches
-        for shape in re.findall(r"\w\[([\d,]*)\]", match[1])
-    ]
 
 
 def main():
