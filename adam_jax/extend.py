@@ -8,6 +8,9 @@ def scale_by_sign(strength=1.0):
         return lift(lambda u: strength * jnp.sign(u), updates), state
 
     return Definition(stateless, update)
+
+Storage, `reset`, `convert_state`, `state_bytes`, `describe`, `observe` and `state_shardings` work
+with it.
 """
 
 from adam_jax._core.chain import chain
