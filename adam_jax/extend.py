@@ -2,12 +2,12 @@
 
 CONTRIBUTING walks through each of them.
 
-@stage(takes="updates", gives="updates", rate="before")
-def scale_by_sign(strength=1.0):
-    def update(updates, state, params, context):
-        return lift(lambda u: strength * jnp.sign(u), updates), state
+    @stage(takes="updates", gives="updates", rate="before")
+    def scale_by_sign(strength=1.0):
+        def update(updates, state, params, context):
+            return lift(lambda u: strength * jnp.sign(u), updates), state
 
-    return Definition(stateless, update)
+        return Definition(stateless, update)
 
 Storage, `reset`, `convert_state`, `state_bytes`, `describe`, `observe` and `state_shardings` work
 with it.
