@@ -192,7 +192,7 @@ def keras_path(keras, name, options, gradients, theta, dtype):
     try:
         variables = [keras.Variable(part, dtype=dtype) for part in leaves(theta)]
         optimizer = getattr(keras.optimizers, name)(learning_rate=Rate(), **options)
-        optimizer.constructor(variables)
+        optimizer.build(variables)
 
         def step(carry, g):
             params, state = optimizer.stateless_apply(carry[1], g, carry[0])
