@@ -193,7 +193,7 @@ def train(case: Case) -> Outcome:
     brightness = np.where(case.shifts & (np.arange(STEPS) < SHIFT), 0, 1).astype(np.float32)
     numbers = tuple(map(np.float32, case[:3]))
     losses, seen = jax.device_get(
-        _program(case.constructor)(numbers, params, images, targets, (order, brightness))
+        _program(case.build)(numbers, params, images, targets, (order, brightness))
     )
     return Outcome(losses, seen)
 
