@@ -24,9 +24,10 @@ from adam_jax._core.hyperparams import (
     complement,
     increment,
 )
+from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import as_wide, scalar_dtype, takes_part
 from adam_jax._core.lift import lift
-from adam_jax._core.spec import Definition, Interface
+from adam_jax._core.spec import Definition
 from adam_jax._core.transformation import Transformation, call_update
 from adam_jax.stages.moments import Moments, expect_moments
 from adam_jax.storage.formats import resolve_storage

@@ -13,9 +13,10 @@ import optax
 from adam_jax._core.configuration import applied_rates
 from adam_jax._core.context import Context
 from adam_jax._core.errors import brief
+from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, all_wide
 from adam_jax._core.lift import narrow
-from adam_jax._core.spec import Interface, Spec, all_specs, bind, is_transformation, show
+from adam_jax._core.spec import Spec, all_specs, bind, is_transformation, show
 from adam_jax._core.transformation import Transformation, call_update, hides_rate, transformation
 
 

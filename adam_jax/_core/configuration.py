@@ -78,9 +78,16 @@ def gathering(tx: Any) -> list[str]:
 
 def tracks(tx: Any) -> bool:
     """Whether a stage makes moments of gradients. Its counter is that of the stages behind it."""
-    return isinstance(tx, Transformation) and (
-        tx.interface.gives == "moments" and tx.interface.takes != "moments"
-    )
+    return isinstance(tx, Transformation) and tx.interface.tracks
+
+
+def moment_states(state: Any) -> list[Any]:
+    """Returns the states that keep moments of this package, wherever in a state they are."""
+
+    def keeps(node: Any) -> bool:
+        return isinstance(getattr(node, "scales", None), dict)
+
+    return list(filter(keeps, jax.tree.leaves(state, is_leaf=keeps)))
 
 
 def scalar_fields(tx: Any, state: Any) -> tuple[str, ...]:
@@ -217,7 +224,7 @@ class Configuration:
                 for slot in (definition.slots if definition else ())
                 if hasattr(its, slot.name)
             }
-            if interface and interface.gives == "moments" and interface.takes != "moments":
+            if interface and interface.tracks:
                 unsigned = [name for name, slot in slots_of(part).items() if not slot.signed]
                 nu, corrected = (meanings.get(unsigned[0], "") if unsigned else ""), False
             if definition and "nu" in definition.corrects:

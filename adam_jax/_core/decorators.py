@@ -9,8 +9,9 @@ from typing import Any, Concatenate, Literal, ParamSpec
 import optax
 
 from adam_jax._core.errors import expect_one_of
+from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree
-from adam_jax._core.spec import Definition, Init, Interface, Spec, Update, bind
+from adam_jax._core.spec import Definition, Init, Spec, Update, bind
 from adam_jax._core.transformation import Transformation, expect_optimizer, transformation
 
 P = ParamSpec("P")

@@ -75,6 +75,7 @@ def expect_integer(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name}: found {value}; expected {least} or more.")
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names of many."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Returns the first names of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from adam_jax._core.errors import some
 from adam_jax._core.spec import Spec, show, spec_of, wrapped
 
 
@@ -212,8 +213,4 @@ def _kinds(states: Any) -> str:
 
 def _listed(names: Any) -> str:
     shown = [repr(name) for name in names]
-    return (
-        ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-        if shown
-        else "none"
-    )
+    return some(shown, 3) or "none"

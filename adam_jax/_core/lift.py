@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, dtypes
 
+from adam_jax._core.errors import some
 from adam_jax._core.leaves import PyTree, dtype_of, is_half, leaving_dtype, takes_part
 
 
@@ -117,19 +118,14 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
                 f"floating there; expected a floating gradient. {remedy}"
             )
     extra, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
-    says = [f"leaves with a gradient that {name} does not have: {_some(extra)}"] if extra else []
-    says += [f"leaves of {name} without a gradient: {_some(missing)}"] if missing else []
+    says = [f"leaves with a gradient that {name} does not have: {some(extra, 3)}"] if extra else []
+    says += [f"leaves of {name} without a gradient: {some(missing, 3)}"] if missing else []
     if not says:
         says = [
             f"the gradients are {jax.tree.structure(updates)}, {name} is "
             f"{jax.tree.structure(other)}"
         ]
     return f"the gradients' tree is not that of {name}: {'; '.join(says)}. {remedy}"
-
-
-def _some(paths: list[str]) -> str:
-    shown = ", ".join(paths[:3])
-    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def narrow(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -16,30 +16,9 @@ import optax
 
 from adam_jax._core.context import Context
 from adam_jax._core.hyperparams import Hyperparameters
+from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.slots import Slot
-
-
-class Interface(NamedTuple):
-    """What a stage takes and gives, for `chain` to check.
-
-    Attributes:
-      takes: "moments", "updates" (a plain tree), or "any".
-      gives: "moments", "updates", or "same" as it took.
-      rate: "applies" for the stage that multiplies by the learning rate, and turns ascent into
-        descent; "before" or "after" for one that is right on that side of it only.
-      bias: "corrects" for the stage that divides moments by their weights, "before" for one that
-        still needs the weights.
-      end: "rounds" for the stage whose updates must reach the parameters as they are, "reads" for
-        one that leaves them so, and may stand behind it.
-    """
-
-    takes: Literal["moments", "updates", "any"] = "updates"
-    gives: Literal["moments", "updates", "same"] = "updates"
-    rate: Literal["applies", "before", "after"] | None = None
-    bias: Literal["corrects", "before"] | None = None
-    end: Literal["rounds", "reads"] | None = None
-
 
 Init: TypeAlias = Callable[[PyTree], PyTree]
 

@@ -22,8 +22,9 @@ import optax
 from adam_jax._core.context import Context
 from adam_jax._core.errors import brief, expect_array
 from adam_jax._core.identity import expect_state
+from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree
-from adam_jax._core.spec import Interface, Spec, is_transformation, show, swapped
+from adam_jax._core.spec import Spec, is_transformation, show, swapped
 
 
 class _Function:

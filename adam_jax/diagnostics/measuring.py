@@ -85,11 +85,7 @@ def sights(tx: Any, params: PyTree, state: Any) -> set[str]:
     """The names in `METRICS` that there is something to see of."""
     found = {"gradient_norm", "update_rms", "update_ratio"}
     stages = [spec for spec in all_specs(tx) if spec.is_stage]
-    tracking = [
-        spec
-        for spec in stages
-        if spec.interface.gives == "moments" and spec.interface.takes != "moments"
-    ]
+    tracking = [spec for spec in stages if spec.interface.tracks]
     if tracking:
         found |= {"learning_rate_median", "learning_rate_p99", "momentum_cosine"}
     moments = _moments_of(tx)

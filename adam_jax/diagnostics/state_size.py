@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from adam_jax._core.configuration import moment_states
 from adam_jax._core.errors import brief
 from adam_jax._core.leaves import PyTree, dtype_of, finfo, takes_part
 from adam_jax._core.paths import is_scale, path_of
@@ -154,7 +155,7 @@ def _wide(tx: Any, state: Any) -> Iterator[Wide]:
     """
     spec = spec_of(tx)
     if spec is None:
-        for node in filter(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours)):
+        for node in moment_states(state):
             fields = [
                 field
                 for field in node._fields
@@ -174,10 +175,6 @@ def _wide(tx: Any, state: Any) -> Iterator[Wide]:
     yield from _wide_fields(
         state, slots, lambda field, leaf: slots[field].why_wide(leaf.shape, leaf.dtype)
     )
-
-
-def _is_ours(node: Any) -> bool:
-    return isinstance(getattr(node, "scales", None), dict)
 
 
 def _wide_fields(

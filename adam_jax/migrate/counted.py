@@ -39,7 +39,10 @@ def after_steps(
     stages = [
         part
         for part in parts
-        if isinstance(part.tx, Transformation) and part.tx.interface.end is None and _is_stage(part)
+        if isinstance(part.tx, Transformation)
+        and part.tx.interface.end is None
+        and part.tx.init.spec.is_stage
+        and hasattr(part.state, "_fields")
     ]
     first = [stage.tx.init(small) for stage in stages]
     following = [follows_from_count(stage) for stage in stages]
@@ -90,9 +93,3 @@ def whole(count: Any, caller: str) -> int:
     if not known or not 0 <= float(number.item()) < 2**31 - 1 or float(number.item()) % 1:
         raise ValueError(f"{caller}: found {count!r} steps; expected a whole number from 0 on.")
     return int(number.item())
-
-
-def _is_stage(part: StageInstance) -> bool:
-    return hasattr(part.state, "_fields") and not {"inner_state", "inner_states"} & {
-        *part.state._fields
-    }

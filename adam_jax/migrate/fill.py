@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._core.arithmetic import divide
-from adam_jax._core.configuration import INSIDE, StageInstance, gathering
+from adam_jax._core.configuration import INSIDE, StageInstance, gathering, moment_states
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import paths
 from adam_jax._core.spec import show
@@ -202,7 +202,7 @@ def _foreign(pair: Pair) -> tuple[Any, Report]:
     stage, partner = pair.stage, pair.partner
     same = partner is not None and stage.tx == partner.tx
     others = [other for other in (stage, partner, pair.misfit) if other is not None]
-    if not same and any(holds_moments(other.state) for other in others):
+    if not same and any(moment_states(other.state) for other in others):
         raise ValueError(hidden(stage, "to_tx"))
     if not jax.tree.leaves(stage.state):
         return stage.state, Report()
@@ -232,7 +232,7 @@ def dropped(pairing: Pairing) -> tuple[Entry, ...]:
     }
     for stage in pairing.unpaired:
         if not isinstance(stage.tx, Transformation):
-            if holds_moments(stage.state):
+            if moment_states(stage.state):
                 raise ValueError(hidden(stage, "from_tx"))
             if jax.tree.leaves(stage.state):
                 found.append(Entry(stage.place, f"the state of {show(stage.tx)}"))
@@ -249,15 +249,6 @@ def _kept_besides(stage: StageInstance, served: bool) -> Sequence[str]:
     state = stage.state
     fields = [field for field in getattr(state, "_fields", ()) if field not in known]
     return [field for field in fields if jax.tree.leaves(getattr(state, field))]
-
-
-def holds_moments(state: Any) -> bool:
-    """Whether moments of this package are somewhere in a state."""
-
-    def is_stage(node: Any) -> bool:
-        return isinstance(getattr(node, "scales", None), dict)
-
-    return any(map(is_stage, jax.tree.leaves(state, is_leaf=is_stage)))
 
 
 def hidden(stage: StageInstance, side: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._core.context import Context
-from adam_jax._core.errors import brief, expect_one_of
+from adam_jax._core.errors import brief, expect_one_of, some
+from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, dtype_of, leaving_dtype, takes_part
 from adam_jax._core.lift import lift
 from adam_jax._core.paths import is_box, paths
-from adam_jax._core.spec import Interface, Spec, bind, show
+from adam_jax._core.spec import Spec, bind, show
 from adam_jax._core.transformation import (
     Transformation,
     call_update,
@@ -125,12 +126,12 @@ def by_path(
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, ByPathState]:
         if not isinstance(state, ByPathState) or state.inner_states.keys() != parts.keys():
             groups_of = (
-                _some(list(state.inner_states))
+                _listed(state.inner_states)
                 if isinstance(state, ByPathState)
                 else type(state).__name__
             )
             raise ValueError(
-                f"by_path: found a state of {groups_of}; expected one of {_some(list(parts))}, "
+                f"by_path: found a state of {groups_of}; expected one of {_listed(parts)}, "
                 "which `init` of these very groups made, or `update` returned."
             )
         lift(
@@ -199,15 +200,13 @@ def _labels(groups: Mapping[str, Any], tree: PyTree, ordered: bool) -> list[str]
             )
             raise ValueError(
                 f"by_path: found no leaf that {pattern!r} matches; expected at least one, and a "
-                f"match of the whole path. {hint}Paths are {_some(found)}."
+                f"match of the whole path. {hint}Paths are {_listed(found)}."
             )
     return [its[0] if its else DEFAULT for its in matches]
 
 
-def _some(found: list[str]) -> str:
-    return ", ".join(map(repr, found[:8])) + (
-        f" and {len(found) - 8} more" if len(found) > 8 else ""
-    )
+def _listed(names: Iterable[str]) -> str:
+    return some(list(map(repr, names)), 8)
 
 
 def only(name: str, its: list[str], tree: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import MOVES
 
 # Leaves of several ranks, with a scale per row and one for all, narrow and wide. One is too small
 # to be stored in 8 bits.
@@ -33,10 +34,6 @@ CASES = {
     "adopt in bfloat16, compensated": ("adopt", "bfloat16", "compensate", False),
 }
 DEVICES = dict(zip(CASES, [(2, 8), (2, 8), (4,), (4,)], strict=True))
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|"
-    r"reduce-scatter|send|recv)(?:-start)?\("
-)
 FEW = 1000
 """Elements: more than the scales of all moments together, less than any leaf that has scales."""
 
@@ -92,7 +89,7 @@ def test_the_search_for_collectives_finds_one(found):
 
 def collectives(text):
     """Kind and number of elements of all that is exchanged in a compiled program."""
-    matches = map(COLLECTIVE.search, text.splitlines())
+    matches = map(MOVES.search, text.splitlines())
     return [
         [
             match[2],
