@@ -105,7 +105,7 @@ def checkpoints(
 ) -> Iterator[Checkpoints]:
     """Opens the checkpoints in a directory.
 
-    At the end it waits until the last of them is complete.
+    It waits at the end, until the last checkpoint is complete.
 
     Args:
       directory: of this run alone.

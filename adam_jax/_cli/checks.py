@@ -104,7 +104,7 @@ def _start() -> tuple[bool, str]:
 
 
 def _gradients() -> np.ndarray:
-    """Of both signs, of sizes from 1/8 to 6, which codes of 8 bits hold finely.
+    """Returns gradients of both signs and of sizes from 1/8 to 6. Codes hold these finely.
 
     Each keeps its sign: (STEPS, *SHAPE).
     """
@@ -114,7 +114,7 @@ def _gradients() -> np.ndarray:
 
 
 def _exact(gradients: np.ndarray) -> np.ndarray:
-    """Where Adam is after those steps from 0: the paper's Algorithm 1 in float64, in NumPy."""
+    """Returns the parameters after Algorithm 1 of the paper, in float64, from 0, in NumPy."""
     mu, nu, at = (np.zeros(SHAPE) for _ in range(3))
     for t, g in enumerate(gradients.astype(np.float64), 1):
         mu, nu = B1 * mu + (1 - B1) * g, B2 * nu + (1 - B2) * g * g

@@ -19,7 +19,7 @@ Log: TypeAlias = Callable[[int, Mapping[str, float]], None]
 
 
 class Course(NamedTuple):
-    """What one optimizer did.
+    """The course of one optimizer's run.
 
     Attributes:
       rate: its learning rate.
@@ -55,7 +55,7 @@ class Course(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a run has to show so far, as in `Course`.
+    """The curves of a run so far, as in `Course`.
 
     It also has what the run goes on from beside its arrays.
     """
@@ -69,7 +69,7 @@ class Progress(NamedTuple):
 
 
 class Keeper(Protocol):
-    """What keeps a run.
+    """Saves a run and loads it.
 
     It says what the run goes on from, if there is something, and saves it as it goes.
     """

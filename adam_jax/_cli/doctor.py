@@ -31,7 +31,7 @@ OPTIONAL = {
     "torch": ("an oracle of the tests, a column of the benchmarks", "torch"),
     "libtpu": ("compiling for a TPU, with or without one", '"jax[tpu]"'),
 }
-"""What each package would give, and what to install for it."""
+"""For each optional package: what it adds, and what to install for it."""
 
 
 VARIABLES = (

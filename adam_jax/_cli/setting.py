@@ -1,4 +1,4 @@
-"""What all optimizers of the demo have in common: images, network, start and batches."""
+"""The images, the network, the start and the batches, which all optimizers share."""
 
 from __future__ import annotations
 
