@@ -106,7 +106,7 @@ def check(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: 
     scale = (
         np.abs(x_train.astype(np.promote_types(x_train.dtype, np.float32), copy=False)).max() or 1
     )
-    # Shuffled, so that the first so many images of a file sorted by label are a fair sample too.
+    # Shuffled: a file may be sorted by label, and its first images must be a fair sample.
     train, test = (
         np.random.default_rng(0).permutation(len(labels)) for labels in (y_train, y_test)
     )
