@@ -30,18 +30,22 @@ from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition
 from adam_jax._core.transformation import Transformation, call_update
 from adam_jax.stages.moments import Moments, expect_moments
+from adam_jax.storage.format import Format
 from adam_jax.storage.formats import resolve_storage
+from adam_jax.storage.random_bits import StepBits
 from adam_jax.storage.slot import MomentSlot
 
 __all__ = [
     "Context",
     "Definition",
+    "Format",
     "Hyperparameter",
     "Hyperparameters",
     "Interface",
     "MomentSlot",
     "Moments",
     "Settable",
+    "StepBits",
     "Transformation",
     "as_wide",
     "call_update",

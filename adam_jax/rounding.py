@@ -28,7 +28,7 @@ from adam_jax._core.lift import lift
 from adam_jax._core.paths import names
 from adam_jax._core.spec import Definition, Init, Update
 from adam_jax.storage.codec import HALF, bits_of, float_of, small_float, to_float, undifferentiable
-from adam_jax.storage.random_bits import as_seed, random_bits, stream_keys
+from adam_jax.storage.random_bits import StepBits, as_seed
 
 
 class RoundStochasticallyState(NamedTuple):
@@ -86,19 +86,14 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
     ) -> tuple[PyTree, RoundStochasticallyState]:
         params = expect_params(params, "round_stochastically()")
         low, narrow, rest = _rounded_and_rest(updates, params, "round_stochastically")
-        its = names(low)
-        keys = iter(
-            stream_keys(context.stream("round_stochastically"), its, seed, state.step)
-            if its
-            else ()
-        )
+        bits = StepBits(context.stream("round_stochastically"), state.step)
+        paths = iter(names(low))
 
         def leaf(update: Any, param: Array) -> Any:
             old = as_wide(param)
             new = old + as_wide(update).astype(old.dtype)
-            return _step(
-                old, new, as_wide(to_float(new, param.dtype, random_bits(next(keys), new.shape)))
-            )
+            random = bits.of(next(paths), new.shape, seed)
+            return _step(old, new, as_wide(to_float(new, param.dtype, random)))
 
         moved = lift(leaf, low, params=narrow)
         return _merged(moved, rest), RoundStochasticallyState(increment(state.step))

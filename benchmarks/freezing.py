@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import optax
 from jax import lax
 
 import adam_jax
+from adam_jax._core.configuration import slots_of
 from adam_jax.storage import Codes, Float
 from adam_jax.storage.codec import Codec
 from adam_jax.storage.stored_leaf import unpack_moment
@@ -84,17 +86,14 @@ def curves(gradient: Callable[[Any], Any]) -> dict[str, np.ndarray]:
     }
     for label, form in FORMS.items():
         tx = adam_jax.track_moments(None, B2, storage=form)  # type: ignore[arg-type]
-        found[label] = tracked(tx, jnp.float32, gradient, lambda state: read(state, "nu"))
+        found[label] = tracked(tx, jnp.float32, gradient, functools.partial(read, tx, "nu"))
     return found
 
 
-def read(state: Any, moment: str) -> Any:
-    """A moment of a state of one leaf, in float32, whatever it rests as."""
-    resting = getattr(state, moment)
-    if f"{moment}_scale" not in state.scales:
-        return resting.astype(jnp.float32)
-    (at_rest,) = unpack_moment(moment, resting, state.scales)
-    return at_rest.widen()
+def read(tx: Any, moment: str, state: Any) -> Any:
+    """A moment of a state of one leaf, in float32, however it is stored."""
+    (stored,) = unpack_moment(slots_of(tx)[moment], getattr(state, moment), state.scales)
+    return stored.widen()
 
 
 def table(title: str, found: dict[str, np.ndarray]) -> Table:
@@ -118,7 +117,7 @@ def noisy(storage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     def step(state: Any, key: Any) -> tuple[Any, Any]:
         update, state = tx.update(jax.random.normal(key, (ELEMENTS,)), state)
-        return state, (read(state[0], "mu"), read(state[0], "nu"), update)
+        return state, (*(read(track, moment, state[0]) for moment in ("mu", "nu")), update)
 
     keys = jax.random.split(jax.random.key(0), NOISY)
     found = jax.jit(lambda: lax.scan(step, tx.init(jnp.zeros(ELEMENTS)), keys)[1])()

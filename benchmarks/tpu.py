@@ -41,7 +41,7 @@ parameter in place of 28, Optax's Adam too. Without copies a byte counted is one
 Reserving all of that memory for the pass (`xla_tpu_scoped_vmem_limit_kib`) does the same, and
 compiles longer. """
 
-TEMPORARY = 0.2
+TEMPORARY = 0.25
 """The bound on temporary bytes per parameter.
 
 The scale of a row takes 44 bytes beside it: 0.06 per parameter for rows of 768.

@@ -26,7 +26,7 @@ from adam_jax.migrate.carried_factors import (
 from adam_jax.migrate.pairing import Pair, Pairing, Source, alike
 from adam_jax.migrate.report import Entry, Report, entry_of, if_not_all
 from adam_jax.stages.blocks import block_mean
-from adam_jax.storage.stored_leaf import StoredLeaf, narrow_to_nearest, repack_moment, unpack_moment
+from adam_jax.storage.stored_leaf import StoredLeaf, repack_moment, unpack_moment
 
 
 def fill_all(pairing: Pairing, count: Array | None) -> tuple[list[Any], Report]:
@@ -105,7 +105,7 @@ def _moment(
     names = paths(tree)
     beside = beside_mu(pair, field)
     leaves, notes = [], []
-    for i, start in enumerate(unpack_moment(field, tree, scales)):
+    for i, start in enumerate(unpack_moment(stage.slots[field], tree, scales)):
         source = sources[i]
         if source is not None:
             leaf, done = _moved(source, start, stage, field)
@@ -130,7 +130,7 @@ def _moment(
         ]
         notes += ["as if μ had been one gradient"] if beside.any() else []
         fresh.append(entry_of(stage, field, note="; ".join(filter(None, notes))))
-    tree, scales = repack_moment(field, tree, scales, leaves)
+    tree, scales = repack_moment(stage.slots[field], tree, scales, leaves)
     return tree, scales, Report(tuple(kept), tuple(fresh))
 
 
@@ -141,9 +141,8 @@ def _moved(
     array, start = source.stored.array, like.array
     whole = stage.slots[field].delayed and not source.stage.slots[source.field].delayed
     shared, sharing = (None if s is None else s.shape for s in (source.stored.scale, like.scale))
-    same = array.dtype == start.dtype and array.shape == start.shape and shared == sharing
-    if same and not whole:
-        return source.stored, []
+    if array.shape == start.shape and source.stored.same_storage(like) and not whole:
+        return like._replace(array=array, scale=source.stored.scale), []
     x, notes = source.stored.widen(), []
     if whole:
         x = divide(x, source.divisor)
@@ -156,7 +155,7 @@ def _moved(
         notes.append(f"{array.dtype} → {start.dtype}")
     elif array.shape == start.shape and shared != sharing:
         notes.append(f"scales of shape {shared} → {sharing}")
-    return narrow_to_nearest(x, like, signed=stage.slots[field].signed), notes
+    return like.storing(x), notes
 
 
 def _nu_of_mu(pair: Pair, i: int, start: StoredLeaf, count: Array | None) -> StoredLeaf:
@@ -171,7 +170,7 @@ def _nu_of_mu(pair: Pair, i: int, start: StoredLeaf, count: Array | None) -> Sto
     nu = start.widen()
     g = divide(source.stored.widen(), source.divisor)
     made = make(g, nu, nu_rate(pair.stage, count).astype(nu.dtype))
-    return narrow_to_nearest(made, start, signed=False)
+    return start.storing(made)
 
 
 # Everything else

@@ -21,7 +21,7 @@ from adam_jax._core.spec import show
 from adam_jax._core.transformation import Transformation, expect_transformation
 from adam_jax.migrate.counted import after_steps, entry_per_leaf
 from adam_jax.migrate.kinds import kind_of
-from adam_jax.storage.stored_leaf import narrow_to_nearest, repack_moment, unpack_moment
+from adam_jax.storage.stored_leaf import repack_moment, unpack_moment
 
 
 class Memory(NamedTuple):
@@ -159,19 +159,14 @@ def fill(tx: Any, params: PyTree, run: ForeignState, caller: str) -> PyTree:
         same_leaves(theirs, all_leaves(its), f"{caller}: {kind_of(kind)}")
         for part, field in its:
             leaves = []
-            at_rest = unpack_moment(field, getattr(part.state, field), part.state.scales)
-            for path, like in zip(Memory(part, field).leaves, at_rest, strict=True):
+            slot, tree = part.slots[field], getattr(part.state, field)
+            starts = unpack_moment(slot, tree, part.state.scales)
+            for path, start in zip(Memory(part, field).leaves, starts, strict=True):
                 x = as_wide(theirs[path])
-                signed = part.slots[field].signed
-                leaves.append(
-                    narrow_to_nearest(
-                        x.real if jnp.iscomplexobj(x) and not signed else x, like, signed
-                    )
-                )
+                real = jnp.iscomplexobj(x) and not slot.signed
+                leaves.append(start.storing(x.real if real else x))
             own = filled.setdefault(id(part), {"scales": part.state.scales})
-            own[field], own["scales"] = repack_moment(
-                field, getattr(part.state, field), own["scales"], leaves
-            )
+            own[field], own["scales"] = repack_moment(slot, tree, own["scales"], leaves)
 
     leaves_of: dict[tuple[str, ...], list[str]] = {}
     for memory in (memory for its in found.values() for memory in its):
@@ -231,9 +226,10 @@ def read(tx: Any, state: PyTree, caller: str) -> ForeignState:
     for kind, its in found.items():
         for memory in its:
             tree = getattr(memory.part.state, memory.field)
-            at_rest = unpack_moment(memory.field, tree, memory.part.state.scales)
+            slot = memory.part.slots[memory.field]
+            stored = unpack_moment(slot, tree, memory.part.state.scales)
             moments[kind] |= {
-                path: x.widen() for path, x in zip(memory.leaves, at_rest, strict=True)
+                path: x.widen() for path, x in zip(memory.leaves, stored, strict=True)
             }
     ahead = [_ahead_of(part, held) for part in parts if ahead_field(part)]
     return ForeignState(count, steps[0] if steps else count, moments, ahead[0] if ahead else None)

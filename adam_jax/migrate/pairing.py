@@ -122,8 +122,9 @@ def pair(old: Configuration, new: Configuration) -> Pairing:
 
 def _moment(stage: StageInstance, field: str) -> Moment:
     tree = getattr(stage.state, field)
-    stored = zip(paths(tree), unpack_moment(field, tree, stage.state.scales), strict=True)
-    leaves = {path: Source(stage, field, row, leaf) for row, (path, leaf) in enumerate(stored)}
+    stored = unpack_moment(stage.slots[field], tree, stage.state.scales)
+    rows = enumerate(zip(paths(tree), stored, strict=True))
+    leaves = {path: Source(stage, field, row, leaf) for row, (path, leaf) in rows}
     return Moment(stage, field, leaves, dict(leaves))
 
 

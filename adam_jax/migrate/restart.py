@@ -23,11 +23,10 @@ from adam_jax._core.configuration import (
 )
 from adam_jax._core.errors import brief
 from adam_jax._core.identity import expect_arrays, expect_state, states_of
-from adam_jax._core.leaves import PyTree, narrower_than_float32, takes_part
+from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import path_of
-from adam_jax._core.slots import Slot
 from adam_jax._core.transformation import expect_transformation
-from adam_jax.storage.stored_leaf import StoredLeaf, narrow_to_nearest, repack_moment, unpack_moment
+from adam_jax.storage.stored_leaf import StoredLeaf, repack_moment, unpack_moment
 
 
 def reset(
@@ -225,9 +224,9 @@ def _restart(node: Any, tx: Any, place: str, picks: _Picks) -> tuple[Any, dict[s
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         named = [(f"{place}.{name}{jax.tree_util.keystr(path)}", path_of(path)) for path in paths]
         marks[name] = np.array([picks(*each) for each in named], bool)
-        stored = zip(unpack_moment(name, tree, node.scales), marks[name], strict=True)
-        started = [_start(leaf, slot) if mark else leaf for leaf, mark in stored]
-        tree, scales = repack_moment(name, tree, node.scales, started)
+        stored = zip(unpack_moment(slot, tree, node.scales), marks[name], strict=True)
+        started = [_start(leaf) if mark else leaf for leaf, mark in stored]
+        tree, scales = repack_moment(slot, tree, node.scales, started)
         node = node._replace(**{name: tree, "scales": scales})
     if "mu" in marks and (without := marks.get("nu", marks["mu"]) & ~marks["mu"]).any():
         raise ValueError(
@@ -238,10 +237,9 @@ def _restart(node: Any, tx: Any, place: str, picks: _Picks) -> tuple[Any, dict[s
     return node, marks
 
 
-def _start(leaf: StoredLeaf, slot: Slot) -> StoredLeaf:
-    like = leaf.array
-    full = jnp.float32 if not takes_part(like) or narrower_than_float32(like) else like.dtype
-    return narrow_to_nearest(jnp.full_like(like, slot.start, full), leaf, slot.signed)
+def _start(leaf: StoredLeaf) -> StoredLeaf:
+    dtype = jnp.float32 if leaf.narrowed else leaf.array.dtype
+    return leaf.storing(jnp.full_like(leaf.array, leaf.slot.start, dtype))
 
 
 def _zeroed(weight: Array, ndim: int, marks: np.ndarray, split: bool) -> Array:

@@ -26,6 +26,7 @@ from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition, Init, Update
 from adam_jax.stages.moments import Moments, expect_moments
 from adam_jax.storage.formats import Storage, canonical, resolve_storage
+from adam_jax.storage.random_bits import StepBits
 from adam_jax.storage.slot import MomentSlot
 
 
@@ -82,8 +83,7 @@ def keep_maximum(*, storage: Storage = "float32", nu_dtype: Any = None) -> Defin
             nu_max,
             state.nu_max,
             state.scales,
-            moments.count,
-            context.stream("keep_maximum"),
+            StepBits(context.stream("keep_maximum"), moments.count),
             context.selector,
         )
         return moments._replace(nu=nu_max), KeepMaximumState(kept, scales)
@@ -164,8 +164,7 @@ def mix_slow_mean(
             slow,
             state.mu_slow,
             state.scales,
-            moments.count,
-            context.stream("mix_slow_mean"),
+            StepBits(context.stream("mix_slow_mean"), moments.count),
             context.selector,
         )
         return moments._replace(mu=mu), MixSlowMeanState(

@@ -41,6 +41,7 @@ from adam_jax.stages.moments import Moments, accumulate_weight, per_leaf
 from adam_jax.stages.rules import NU_RULES, STATES, nu_of_gradient
 from adam_jax.stages.saturation import limit_gradients
 from adam_jax.storage.formats import Storage, canonical, resolve_storage
+from adam_jax.storage.random_bits import StepBits
 from adam_jax.storage.slot import MomentSlot
 from adam_jax.storage.slots import all_first_scales, all_narrow
 
@@ -230,8 +231,7 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
             slots,
             {"mu": mu, "nu": nu},
             state,
-            count,
-            context.stream("track_moments"),
+            StepBits(context.stream("track_moments"), count),
             context.selector,
         )
         nu = nu if b2 is not None else None

@@ -1,6 +1,6 @@
 """The formats in which a moment is stored between two steps.
 
-Floats of a dtype, and codes of 8 bits.
+`Float` for floats of a dtype, `Codes` for codes of 8 bits.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from adam_jax._core.errors import brief, expect_integer, expect_one_of
-from adam_jax._core.leaves import finfo
-from adam_jax.storage.random_bits import as_seed
-
-Rounding: TypeAlias = Literal["stochastic", "nearest"]
-
-SMALLEST = 4096
+from adam_jax._core.errors import brief
+from adam_jax._core.leaves import as_wide, finfo
+from adam_jax.storage.codec import Codec, to_float
+from adam_jax.storage.format import Format
+from adam_jax.storage.scales import largest_along, pack, row_shape, unpack
 
 
 @dataclasses.dataclass(frozen=True)
-class Float:
+class Float(Format):
     """Moments rest as floats of a dtype.
 
     Infinities and what is too large saturate at its largest number, NaN stays.
@@ -32,12 +31,9 @@ class Float:
 
     Attributes:
       dtype: a floating dtype; `None` for the one that a leaf is computed in, float32 or wider.
-      rounding: "stochastic" rounds up as often as keeps the mean right, "nearest" freezes what
-        moves by less than half its last bit a step.
-      seed: of the random bits: an integer from 0 to 2³² − 1, or a traced integer scalar, such as
-        the number of a member under `jax.vmap`. Stages, leaves and groups have bits of their own
-        whatever the seed.
-      smallest: leaves of fewer elements stay as they are computed.
+      rounding: as in `Format`.
+      seed: as in `Format`.
+      smallest: as in `Format`.
 
     Raises:
       ValueError: for a dtype that is not floating, has no zero or less than 8 bits, an unknown
@@ -46,17 +42,35 @@ class Float:
     """
 
     dtype: Any = None
-    rounding: Rounding = "stochastic"
-    seed: int = 0
-    smallest: int = SMALLEST
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _floating(self.dtype, "storage.Float: dtype"))
-        _check(self)
+        super().__post_init__()
+
+    def why_wide(self, shape: tuple[int, ...], dtype: Any) -> str | None:
+        """Why a moment of that shape and computing dtype is stored as it is computed, or `None`."""
+        if self.dtype is None:
+            return "storage is float32"
+        if (why := super().why_wide(shape, dtype)) is not None:
+            return why
+        held = finfo(self.dtype).bits >= finfo(dtype).bits
+        return "no wider than that already" if held else None
+
+    def dtype_of(self, signed: bool) -> Any:
+        """The dtype."""
+        return self.dtype
+
+    def store(self, x: Array, scale: Any, random: Any, signed: bool) -> Array:
+        """Returns numbers rounded to the dtype."""
+        return to_float(x, self.dtype, random, positive=not signed)
+
+    def read(self, stored: Array, scale: Any, signed: bool) -> Array:
+        """Returns numbers in float32."""
+        return as_wide(stored)
 
 
 @dataclasses.dataclass(frozen=True)
-class Codes:
+class Codes(Format):
     """Stores moments as integers that count in ratios.
 
     Relative to a power of two that each row of a leaf has.
@@ -86,9 +100,9 @@ class Codes:
     0.
 
     Attributes:
-      rounding: as in `Float`.
-      seed: as in `Float`.
-      smallest: as in `Float`.
+      rounding: as in `Format`.
+      seed: as in `Format`.
+      smallest: as in `Format`.
       axis: the axis along which elements share a scale: -1, or -2 where the columns of a matrix
         differ more than its rows, as those of an output layer of shape (features, vocabulary) do;
         `None` for one scale per leaf.
@@ -98,9 +112,6 @@ class Codes:
       TypeError: if `seed` or `smallest` is no integer.
     """
 
-    rounding: Rounding = "stochastic"
-    seed: int = 0
-    smallest: int = SMALLEST
     axis: int | None = -1
 
     def __post_init__(self) -> None:
@@ -110,17 +121,49 @@ class Codes:
                     f"storage.Codes: axis: found {self.axis!r}; expected -1, -2 or None."
                 )
             object.__setattr__(self, "axis", int(self.axis))
-        _check(self)
+        super().__post_init__()
 
+    def dtype_of(self, signed: bool) -> Any:
+        """int8, or uint8 without a sign."""
+        return Codec(signed).dtype
 
-def _check(form: Form) -> None:
-    caller = f"storage.{type(form).__name__}"
-    expect_one_of(f"{caller}: rounding", form.rounding, ("stochastic", "nearest"))
-    object.__setattr__(form, "seed", as_seed(f"{caller}: seed", form.seed))
-    expect_integer(f"{caller}: smallest", form.smallest)
-    if form.smallest < 0:
-        raise ValueError(f"{caller}: smallest: found {form.smallest}; expected 0 or more elements.")
-    object.__setattr__(form, "smallest", int(form.smallest))
+    def store(self, x: Array, scale: Any, random: Any, signed: bool) -> Array:
+        """Returns codes of numbers."""
+        if x.dtype != np.float32:
+            # What float64 holds beyond float32 saturates, with two octaves to spare: a code of
+            # infinity would be NaN a step later.
+            x = jnp.clip(x, -(2.0**125), 2.0**125).astype(np.float32)
+        return Codec(signed).narrow(x, unpack(scale)[1], random)
+
+    def read(self, stored: Array, scale: Any, signed: bool) -> Array:
+        """Returns what codes stand for."""
+        return Codec(signed).widen(stored, unpack(scale)[0])
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of the scales of a leaf's codes: 1 along the axes that share one."""
+        return row_shape(shape, self.axis)
+
+    def first_scale(self, start: float, signed: bool) -> Any:
+        """Returns the scale for codes of a number that is known beforehand."""
+        return pack(*2 * (Codec(signed).first_exponent(start),))
+
+    def next_scale(self, stored: Array, scale: Any, signed: bool) -> Any:
+        """Returns the unit that codes were made with, and the one for the next step."""
+        unit = unpack(scale)[1]
+        return pack(unit, Codec(signed).next_exponent(stored, unit))
+
+    def fitting_scale(self, x: Array, like: Any, signed: bool) -> Any:
+        """Returns the scale in which the largest number of a row has a fine code."""
+        unit = Codec(signed).exponent(largest_along(jnp.where(jnp.isnan(x), 0, jnp.abs(x)), like))
+        return pack(unit, unit)
+
+    def largest(self, scale: Any, signed: bool) -> Array:
+        """The largest number that codes of each row can stand for."""
+        return Codec(signed).top(unpack(scale)[1])
+
+    def saturates_with(self, other: Format) -> bool:
+        """Both are codes, and the same elements share their scales."""
+        return isinstance(other, Codes) and other.axis == self.axis
 
 
 def _floating(dtype: Any, name: str) -> Any:
@@ -143,11 +186,9 @@ def _floating(dtype: Any, name: str) -> Any:
     return found
 
 
-Form: TypeAlias = Float | Codes
+Storage: TypeAlias = Literal["float32", "bfloat16", "8bit"] | Format | tuple[Any, Any]
 
-Storage: TypeAlias = Literal["float32", "bfloat16", "8bit"] | Form | tuple[Any, Any]
-
-NAMED: dict[str, Form] = {"float32": Float(), "bfloat16": Float(jnp.bfloat16), "8bit": Codes()}
+NAMED: dict[str, Format] = {"float32": Float(), "bfloat16": Float(jnp.bfloat16), "8bit": Codes()}
 
 
 def canonical(storage: Any) -> Any:
@@ -158,14 +199,14 @@ def canonical(storage: Any) -> Any:
     if isinstance(storage, tuple):
         return tuple(map(canonical, storage))
     # A traced seed has no value to compare.
-    if not isinstance(storage, (Float, Codes)) or not isinstance(storage.seed, int):
+    if not isinstance(storage, Format) or not isinstance(storage.seed, int):
         return storage
     return next((name for name, form in NAMED.items() if form == storage), storage)
 
 
 def resolve_storage(
     storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None
-) -> tuple[Form, Form]:
+) -> tuple[Format, Format]:
     """Returns how μ and ν are stored.
 
     `storage` is for both, or a pair of them. As in Optax, a dtype is for all leaves, however small.
@@ -183,7 +224,7 @@ def resolve_storage(
     chosen = []
     for one, dtype, name in zip(pair, (mu_dtype, nu_dtype), ("mu_dtype", "nu_dtype"), strict=True):
         form = NAMED.get(one) if isinstance(one, str) else one
-        if not isinstance(form, (Float, Codes)):
+        if not isinstance(form, Format):
             raise ValueError(
                 f"storage: found {brief(one)}; expected 'float32', 'bfloat16', '8bit', an object "
                 "of storage.Float or storage.Codes, or a tuple of two of these, for mu and nu."

@@ -10,10 +10,11 @@ same words, and parameters drifted outward on noise that should not move them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -28,33 +29,57 @@ WORD = 2**32
 """How many values a uint32 has."""
 
 
-def stream_keys(stream: str, paths: Sequence[str], seed: Any, count: Array) -> Array:
-    """Returns the keys of one step, one for each leaf that a stage rounds.
+class StepBits:
+    """The random bits that a stage draws in one step.
 
-    No stream is another stream some steps later. Two keys may be equal at steps t and t' by chance,
-    as random numbers may. They are not equal for all pairs of steps at one distance, because the
-    step is hashed between the two words of a name.
+    A stream is named by 64 bits: a hash of the stage's stream and the leaf's path, hashed once more
+    with the seed. The step is hashed too before it is added to them, so that no stream is another
+    stream some steps later. The bits of a leaf are made once: moments of one leaf share them, and
+    read different ends of them (see `rotate`).
 
-    Args:
-      stream: the name of the stage's stream, as `Context.stream` gives it.
-      paths: the paths of the leaves in the whole tree of parameters.
-      seed: an integer from 0 to 2³² − 1, or an integer scalar array.
-      count: the step, an int32 scalar.
-
-    Returns:
-      uint32, of shape (leaves,).
+    Each leaf has an array of its own for its name. They were columns of one array once, and XLA
+    compiled a kernel for every leaf, because each read another column. Now all leaves of one shape
+    share a kernel, which takes the name as an operand.
     """
-    digests = [
-        hashlib.blake2b(repr((stream, path)).encode(), digest_size=8).digest() for path in paths
-    ]
-    first, second = np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2).T.astype(np.uint32)
-    word = seed.astype(np.uint32) if isinstance(seed, Array) else np.uint32(seed)
-    steps = lax.bitcast_convert_type(count, np.uint32)
-    keys: Array = _mix(_mix(steps + _mix(first + word)) ^ second)
-    return keys
+
+    def __init__(self, stream: str, count: Array) -> None:
+        """Names the stage and the step.
+
+        Args:
+          stream: the name of the stage's stream, as `Context.stream` gives it.
+          count: the step, an int32 scalar.
+        """
+        self._stream, self._count = stream, count
+        self._made: dict[Any, Array] = {}
+
+    def of(self, path: str, shape: tuple[int, ...], seed: Any, turn: int = 0) -> Array:
+        """Returns the bits of a leaf: uint32, of its shape.
+
+        Args:
+          path: the leaf's path in the whole tree of parameters.
+          shape: its shape.
+          seed: an integer from 0 to 2³² − 1, or an integer scalar array.
+          turn: the bit at which they begin: see `Slot`.
+        """
+        key = path, shape, id(seed) if isinstance(seed, Array) else seed
+        if key not in self._made:
+            self._made[key] = random_bits(self._words(path, seed), shape)
+        return rotate(self._made[key], turn)
+
+    def _words(self, path: str, seed: Any) -> Array:
+        digest = hashlib.blake2b(repr((self._stream, path)).encode(), digest_size=8).digest()
+        name = np.frombuffer(digest, "<u4").astype(np.uint32)
+        word = seed.astype(np.uint32) if isinstance(seed, Array) else np.array([seed], np.uint32)
+        return _mix(name + word) + self._steps  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _steps(self) -> Array:
+        step = _mix(lax.bitcast_convert_type(self._count, np.uint32))
+        return jnp.stack([step, _mix(step + _FIRST)])
 
 
-def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
+@functools.partial(jax.jit, static_argnames="shape")
+def random_bits(words: Array, shape: tuple[int, ...]) -> Array:
     """Returns 32 random bits for each element of an array.
 
     `jax.random.bits` would need several times the arithmetic. The bits depend on the position in
@@ -62,7 +87,7 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
     and `jax.vmap` the whole array is the part that the function sees.
 
     Args:
-      key: a uint32 scalar, one of `stream_keys`.
+      words: what the bits are for, hashed: uint32, of shape (2,).
       shape: the shape of the array.
 
     Returns:
@@ -71,11 +96,13 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
     Source: the mixing function, two multiplications and three shifts, is lowbias32 of C. Wellons'
     hash prospector.
     """
+    first, second = (lax.index_in_dim(words, i, keepdims=False) for i in (0, 1))
     *rows, column = position(shape)
-    # The key once more behind the hash: without it, arrays whose keys are close would share rows.
-    bits: Array = _mix(rows[0] + key if rows else key) + key
+    # The second word stands behind the hash: without it, arrays whose first words are close would
+    # share rows.
+    bits: Array = _mix(rows[0] + first if rows else first) + second
     for index in rows[1:]:
-        bits = _mix(index + bits) + key
+        bits = _mix(index + bits) + second
     return _mix(bits ^ column)  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -19,9 +20,19 @@ compiler of TPU v5e, a scale costs 120 bytes of memory traffic per step: 6 % of 
 parameter, gradient and moments move, 1.5 % of 512."""
 
 
-def scale_key(name: str) -> str:
-    """The key in `scales` of the moment in the field `name`."""
-    return f"{name}_scale"
+def row_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """The shape of the scales of a leaf's codes: 1 along the axes that share one.
+
+    Args:
+      shape: the leaf's.
+      axis: the axis along which elements share one, counted from the last; `None` for all.
+    """
+    ndim = len(shape)
+    last = max(ndim - 1 if axis is None else ndim + axis, 0)
+    first = 0 if axis is None else last
+    while first > 0 and math.prod(shape[first : last + 1]) < SHORTEST:
+        first -= 1
+    return tuple(1 if first <= i <= last else size for i, size in enumerate(shape))
 
 
 def is_code(leaf: Any) -> bool:

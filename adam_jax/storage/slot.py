@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +13,6 @@ from jax import Array
 
 from adam_jax._core.leaves import (
     PyTree,
-    as_wide,
-    finfo,
     like_params,
     narrower_than_float32,
     real_dtype,
@@ -25,10 +21,10 @@ from adam_jax._core.leaves import (
 )
 from adam_jax._core.paths import names
 from adam_jax._core.slots import Slot
-from adam_jax.storage.codec import HALF, Codec, to_float, undifferentiable
-from adam_jax.storage.formats import Codes, Float, Form
-from adam_jax.storage.random_bits import random_bits, rotate, stream_keys
-from adam_jax.storage.scales import SHORTEST, Scales, is_code, pack, scale_key, unpack
+from adam_jax.storage.codec import HALF, undifferentiable
+from adam_jax.storage.format import Format
+from adam_jax.storage.random_bits import StepBits
+from adam_jax.storage.scales import Scales, is_code
 
 _REMEDY = (
     "Carry a run over with convert_state(state, from_tx, to_tx, params), or pass the state that "
@@ -36,8 +32,8 @@ _REMEDY = (
 )
 
 
-LARGEST = 2.0**125
-"""More than float32 moments can be, and two octaves below infinity: rounding up stays finite."""
+_LONG = 2**40
+"""Longer than any axis: no rows are as short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,34 +44,22 @@ class MomentSlot(Slot):
       form: its storage.
     """
 
-    form: Form
+    form: Format
 
     def why_wide(self, shape: tuple[int, ...], dtype: Any) -> str | None:
-        """Why a moment of that shape and computing dtype rests as it is computed.
+        """Why a moment of that shape and computing dtype is stored as it is computed.
 
         `None` if it is narrowed.
         """
-        if isinstance(self.form, Float) and self.form.dtype is None:
-            return "storage is float32"
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            return "complex"
-        if math.prod(shape) < self.form.smallest:
-            return f"fewer than {self.form.smallest} elements"
-        if isinstance(self.form, Float) and finfo(self.form.dtype).bits >= finfo(dtype).bits:
-            return "no wider than that already"
-        return None
+        return self.form.why_wide(shape, dtype)
 
     def first(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The start at rest, in an array of a shape and of the dtype that it is computed in."""
+        """The start as it is stored, in an array of a shape and of the dtype it is computed in."""
         if self.why_wide(shape, dtype):
             return jnp.full(shape, self.start, dtype)
-        if isinstance(self.form, Float):
-            return jnp.full(shape, self.start, self.form.dtype)
-        codec = self.codec
-        code = codec.narrow(
-            jnp.full((), self.start, np.float32), codec.first_exponent(self.start), HALF
-        )
-        return jnp.full(shape, code, codec.dtype)
+        start, scale = np.float32(self.start), self.form.first_scale(self.start, self.signed)
+        stored = self.form.store(jnp.full((), start), scale, HALF, self.signed)
+        return jnp.full(shape, stored)
 
     def init(self, params: PyTree) -> PyTree:
         """Returns the start of the moment, stored, for each trained parameter.
@@ -89,117 +73,94 @@ class MomentSlot(Slot):
 
     def first_scales(self, tree: PyTree) -> Scales:
         """Returns the scales of a moment before the first step."""
-        if isinstance(self.form, Float):
+        if self.form.scale_shape(()) is None:
             return {}
         leaves = jax.tree.leaves(tree)
         if not leaves:
             # `optax.tree.map_params` makes a state of placeholders, which have no leaves. Where it
             # finds one array there, it leaves alone what stands in its place here: all scales.
-            return {self._scale: jnp.zeros((), jnp.int16)}
-        first = pack(*2 * (self.codec.first_exponent(self.start),))
-        coded = {
-            name: leaf for name, leaf in zip(names(tree), leaves, strict=True) if is_code(leaf)
+            return {self.scale_key: jnp.zeros((), jnp.int16)}
+        first = self.form.first_scale(self.start, self.signed)
+        shapes = {
+            name: self.form.scale_shape(leaf.shape)
+            for name, leaf in zip(names(tree), leaves, strict=True)
+            if is_code(leaf)
         }
-        return {
-            self._scale: {
-                name: jnp.full(self.scale_shape(leaf.shape), first) for name, leaf in coded.items()
-            }
-        }
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of a leaf's codes: 1 along the axes that share one."""
-        assert isinstance(self.form, Codes)
-        ndim, axis = len(shape), self.form.axis
-        last = max(ndim - 1 if axis is None else ndim + axis, 0)
-        first = 0 if axis is None else last
-        while first > 0 and math.prod(shape[first : last + 1]) < SHORTEST:
-            first -= 1
-        return tuple(1 if first <= i <= last else size for i, size in enumerate(shape))
+        return {self.scale_key: {name: jnp.full(shape, first) for name, shape in shapes.items()}}
 
     def widen(self, tree: PyTree, scales: Scales) -> PyTree:
-        """A tree at rest in float32, or in what is wider."""
+        """A stored tree in float32, or in what is wider."""
         paths = iter(names(tree))
 
-        def leaf(resting: Array) -> Array:
+        def leaf(stored: Array) -> Array:
             path = next(paths)
-            if not self._keeps(resting):
+            if not self._keeps(stored):
                 raise ValueError(
-                    f"the state's {self.name} of shape {resting.shape} rests as {resting.dtype}, "
+                    f"the state's {self.name} of shape {stored.shape} rests as {stored.dtype}, "
                     f"which is not how {self.form} keeps it. {_REMEDY}"
                 )
-            if not is_code(resting):
-                return as_wide(resting)
-            return self.codec.widen(resting, unpack(self.scale_of(path, resting, scales))[0])
+            if not (is_code(stored) or narrower_than_float32(stored)):
+                return stored
+            return self.form.read(stored, self.scale_of(path, stored, scales), self.signed)
 
         return jax.tree.map(leaf, tree)
 
-    def scale_of(self, path: str, resting: Array, scales: Scales) -> Array:
-        """Returns the scales of a leaf's codes, if they are shared as this storage shares them.
+    def scale_of(self, path: str, stored: Array, scales: Scales) -> Array | None:
+        """Returns the scales of a leaf, if they are shared as this storage shares them.
 
-        They may be finer than `scale_shape` says: `jax.shard_map` shows parts of leaves, whose rows
-        are short, and a sample of a leaf may have no elements. They are never coarser.
+        They may be finer than the format's `scale_shape` says: `jax.shard_map` shows parts of
+        leaves, whose rows are short, and a sample of a leaf may have no elements. They are never
+        coarser. `None` where the leaf has none.
         """
-        assert isinstance(self.form, Codes)
-        by_path = scales.get(self._scale)
+        coarsest = self.form.scale_shape(stored.shape)
+        if coarsest is None or not is_code(stored):
+            return None
+        by_path = scales.get(self.scale_key)
         scale = by_path.get(path) if isinstance(by_path, dict) else None
         if scale is None:
             raise ValueError(
                 f"the state has no scale for the {self.name} at {path!r}, which {self.form} keeps. "
                 f"{_REMEDY}"
             )
-        shape, axis = jnp.shape(scale), self.form.axis
-        shared = shape if axis is None else shape[axis : axis + 1 or None]
-        fits = len(shape) == resting.ndim and all(
-            n in (1, size) for n, size in zip(shape, resting.shape, strict=True)
-        )
-        finest = self.scale_shape(resting.shape)
-        if (
-            not fits
-            or any(n > 1 for n in shared)
-            or any(n < least for n, least in zip(shape, finest, strict=True))
+        shape, finest = jnp.shape(scale), self.form.scale_shape((_LONG,) * stored.ndim)
+        assert finest is not None
+        if len(shape) != stored.ndim or not all(
+            n in (1, size) and least <= n <= most
+            for n, size, least, most in zip(shape, stored.shape, coarsest, finest, strict=True)
         ):
             raise ValueError(
-                f"the state's {self.name} at {path!r} of shape {resting.shape} has scales of shape "
+                f"the state's {self.name} at {path!r} of shape {stored.shape} has scales of shape "
                 f"{shape}, which is not how {self.form} shares them. {_REMEDY}"
             )
         return scale  # type: ignore[no-any-return]
 
     def narrow(
-        self,
-        tree: PyTree,
-        before: PyTree,
-        scales: Scales,
-        count: Array,
-        stream: str,
-        selector: Any = None,
+        self, tree: PyTree, before: PyTree, scales: Scales, bits: StepBits, selector: Any = None
     ) -> tuple[PyTree, Scales]:
-        """The resting form of a tree of moments, and its scales.
+        """A tree of moments as it is stored, and its scales.
 
         Args:
           tree: moments, float32 or wider; leaves that take no part are dropped.
           before: the tree that was widened. It says which leaves are narrowed: `jax.shard_map`
             shows parts of leaves, whose size is not the leaf's.
           scales: those of `before`.
-          count: the step, for the random bits.
-          stream: the name of the stage's random bits, as `Context.stream` gives it.
+          bits: the random bits of the step.
           selector: what chooses between new and old, where a wrapper may skip the step: here,
             before the largest code is looked for.
         """
-        paths = names(before)
-        resting = iter(zip(paths, jax.tree.leaves(before), strict=True))
+        stored = iter(zip(names(before), jax.tree.leaves(before), strict=True))
         moments = list(filter(takes_part, jax.tree.leaves(tree)))
         narrowed = [
             x.dtype != old.dtype and (is_code(old) or narrower_than_float32(old))
             for x, old in zip(moments, jax.tree.leaves(before), strict=True)
         ]
-        thresholds = self._thresholds(moments, narrowed, paths, count, stream)
         rounded = iter(
             undifferentiable(list(itertools.compress(moments, narrowed)), no_derivative(self.name))
         )
         following: dict[str, Array] = {}
 
         def leaf(x: Array) -> Array:
-            (path, old), random = next(resting), next(thresholds)
+            path, old = next(stored)
             if old.dtype == x.dtype:
                 return x
             if takes_part(old) and not narrower_than_float32(old):
@@ -209,61 +170,32 @@ class MomentSlot(Slot):
                     x if jnp.iscomplexobj(x) and not jnp.iscomplexobj(old) else x.astype(old.dtype)
                 )
             x = next(rounded)
-            if isinstance(self.form, Float):
-                return to_float(x, self.form.dtype, random, positive=not self.signed)
-            unit = unpack(scales[self._scale][path])[1]
-            # What float64 holds beyond float32 saturates: a code of infinity would be NaN a step
-            # later.
-            held = (
-                x if x.dtype == jnp.float32 else jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float32)
-            )
-            code = self.codec.narrow(held, unit, random)
-            code = code if selector is None else selector.choose(code, old)
-            following[path] = pack(unit, self.codec.next_exponent(code, unit))
-            return code
+            random: Any = HALF
+            if self.form.rounding != "nearest":
+                random = bits.of(path, x.shape, self.form.seed, self.turn)
+            scale = self.scale_of(path, old, scales)
+            new = self.form.store(x, scale, random, self.signed)
+            if scale is not None:
+                new = new if selector is None else selector.choose(new, old)
+                following[path] = self.form.next_scale(new, scale, self.signed)
+            return new
 
         kept = like_params(leaf, tree)
-        return kept, {self._scale: following} if following else self.first_scales(kept)
+        return kept, {self.scale_key: following} if following else self.first_scales(kept)
 
-    def _thresholds(
-        self,
-        leaves: Sequence[Array],
-        narrowed: Sequence[bool],
-        paths: Sequence[str],
-        count: Array,
-        stream: str,
-    ) -> Iterator[Any]:
-        """The random bits by which each leaf is rounded, in order.
-
-        `HALF` where they are rounded to nearest, or not at all.
-        """
-        if self.form.rounding == "nearest" or not any(narrowed):
-            yield from itertools.repeat(HALF)
-        of = [path for path, its in zip(paths, narrowed, strict=True) if its]
-        keys = iter(stream_keys(stream, of, self.form.seed, count))
-        for x, its in zip(leaves, narrowed, strict=True):
-            yield rotate(random_bits(next(keys), x.shape), self.turn) if its else HALF
-
-    def _keeps(self, resting: Array) -> bool:
-        """Whether this is how a leaf of that shape rests."""
-        if not is_code(resting) and not narrower_than_float32(resting):
-            return self.why_wide(resting.shape, resting.dtype) is not None
-        return bool(
-            resting.dtype == (self.form.dtype if isinstance(self.form, Float) else self.codec.dtype)
-        )
+    def _keeps(self, stored: Array) -> bool:
+        """Whether this is how a leaf of that shape is stored."""
+        if not is_code(stored) and not narrower_than_float32(stored):
+            return self.why_wide(stored.shape, stored.dtype) is not None
+        return bool(stored.dtype == self.form.dtype_of(self.signed))
 
     @property
-    def _scale(self) -> str:
-        """The key of its scales.
+    def scale_key(self) -> str:
+        """The key in `scales` of its scales.
 
         It is not its name, because `optax.tree.get` finds moments by that.
         """
-        return scale_key(self.name)
-
-    @property
-    def codec(self) -> Codec:
-        """The codec of its codes."""
-        return Codec(self.signed)
+        return f"{self.name}_scale"
 
 
 def no_derivative(moment: str) -> str:

@@ -12,8 +12,9 @@ from jax import Array
 
 from adam_jax._core.leaves import PyTree, as_wide, finfo, takes_part
 from adam_jax._core.paths import names
-from adam_jax.storage.formats import Codes, Form
-from adam_jax.storage.scales import Scales, is_code, unpack
+from adam_jax.storage.format import Format
+from adam_jax.storage.random_bits import StepBits
+from adam_jax.storage.scales import Scales, is_code
 from adam_jax.storage.slot import MomentSlot
 
 
@@ -28,8 +29,7 @@ def all_narrow(
     slots: Sequence[MomentSlot],
     trees: dict[str, PyTree],
     before: Any,
-    count: Array,
-    stream: str,
+    bits: StepBits,
     selector: Any,
 ) -> tuple[dict[str, PyTree], Scales]:
     """The resting forms of several moments by name, and their scales.
@@ -38,7 +38,7 @@ def all_narrow(
     """
     narrowed = {
         slot.name: slot.narrow(
-            trees[slot.name], getattr(before, slot.name), before.scales, count, stream, selector
+            trees[slot.name], getattr(before, slot.name), before.scales, bits, selector
         )
         for slot in slots
     }
@@ -51,7 +51,7 @@ def tops(
     tree: PyTree,
     scales: Scales,
     mu: PyTree | None,
-    mu_form: Form | None,
+    mu_form: Format | None,
     grads: PyTree,
 ) -> list[Array | None]:
     """Returns for each trained leaf the largest number that its storage can hold now.
@@ -73,18 +73,13 @@ def tops(
     beside = [None] * len(stored) if mu is None else jax.tree.leaves(mu)
     if not len(leaves) == len(stored) == len(beside):
         return []  # other gradients: `lift` says in what they differ
-    alike = (
-        isinstance(slot.form, Codes)
-        and isinstance(mu_form, Codes)
-        and mu_form.axis == slot.form.axis
-        and slot.start == 0
-    )
+    alike = mu_form is not None and slot.form.saturates_with(mu_form) and slot.start == 0
     found: list[Array | None] = []
     for path, x, m, grad in zip(names(tree), stored, beside, leaves, strict=True):
         computed = as_wide(grad).dtype
         largest = finfo(computed).maxexp // 2 * 2 - 4  # of the square of a gradient: see `widen`
         if is_code(x) and not (alike and m is not None and is_code(m)):
-            found.append(slot.codec.top(unpack(slot.scale_of(path, x, scales))[1]))
+            found.append(slot.form.largest(slot.scale_of(path, x, scales), slot.signed))
         elif not is_code(x) and finfo(x.dtype).maxexp <= largest:
             found.append(jnp.asarray(finfo(x.dtype).max).astype(np.float32))
         else:

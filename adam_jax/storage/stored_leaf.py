@@ -3,80 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax._core.leaves import PyTree, as_wide, narrower_than_float32
+from adam_jax._core.leaves import PyTree, narrower_than_float32
 from adam_jax._core.paths import names
-from adam_jax.storage.codec import HALF, Codec, to_float, undifferentiable
-from adam_jax.storage.scales import Scales, is_code, largest_along, pack, scale_key, unpack
-from adam_jax.storage.slot import no_derivative
+from adam_jax.storage.codec import HALF, undifferentiable
+from adam_jax.storage.scales import Scales, is_code
+from adam_jax.storage.slot import MomentSlot, no_derivative
 
 
 class StoredLeaf(NamedTuple):
     """One leaf of a moment, taken out of its state.
 
-    An array that says by its dtype alone how it rests.
-
     Attributes:
-      array: the moment at rest.
-      scale: of codes, theirs; else `None`.
+      slot: the moment.
+      array: what is stored.
+      scale: its scale; `None` without one.
     """
 
+    slot: MomentSlot
     array: Array
     scale: Array | None = None
 
+    @property
+    def narrowed(self) -> bool:
+        """Whether it is stored in fewer bits than it is computed in."""
+        return is_code(self.array) or narrower_than_float32(self.array)
+
     def widen(self) -> Array:
         """The moment in float32, or in what is wider."""
+        if not self.narrowed:
+            return self.array
+        return self.slot.form.read(self.array, self.scale, self.slot.signed)
+
+    def same_storage(self, other: StoredLeaf) -> bool:
+        """Whether another leaf of the same shape is stored in the same way."""
+        shared, theirs = (None if x.scale is None else x.scale.shape for x in (self, other))
         return (
-            as_wide(self.array)
-            if self.scale is None
-            else _codec_of(self.array).widen(self.array, unpack(self.scale)[0])
+            self.array.dtype == other.array.dtype
+            and shared == theirs
+            and (not self.narrowed or type(self.slot.form) is type(other.slot.form))
         )
 
+    def storing(self, x: Array) -> StoredLeaf:
+        """Another moment, float32 or wider, stored as this one is.
 
-def narrow_to_nearest(x: Array, like: StoredLeaf, signed: bool) -> StoredLeaf:
-    """A moment, float32 or wider, at rest as another one does.
-
-    Rounded to nearest: of one rounding no bias accumulates, and there is none to start with.
-
-    Args:
-      x: the moment.
-      like: a stored leaf. The result has its storage.
-      signed: whether the moment can be negative.
-    """
-    if like.scale is not None or narrower_than_float32(like.array):
-        x = undifferentiable(x, no_derivative("a moment"))
-    if like.scale is not None:
-        codec, x = _codec_of(like.array), x.astype(jnp.float32)
-        unit = codec.exponent(largest_along(jnp.where(jnp.isnan(x), 0, jnp.abs(x)), like.scale))
-        return StoredLeaf(codec.narrow(x, unit, HALF), pack(unit, unit))
-    if narrower_than_float32(like.array):
-        return StoredLeaf(to_float(x, like.array.dtype, HALF, positive=not signed))
-    return StoredLeaf(x.astype(like.array.dtype))
+        Rounded to nearest: of one rounding no bias accumulates, and there is none to start with.
+        """
+        if not self.narrowed:
+            return self._replace(array=x.astype(self.array.dtype))
+        form, signed = self.slot.form, self.slot.signed
+        x = undifferentiable(x, no_derivative("a moment")).astype(jnp.float32)
+        scale = None if self.scale is None else form.fitting_scale(x, self.scale, signed)
+        return self._replace(array=form.store(x, scale, HALF, signed), scale=scale)
 
 
-def unpack_moment(name: str, tree: PyTree, scales: Scales) -> list[StoredLeaf]:
-    """The leaves of the moment in the field `name`."""
-    its = zip(names(tree), jax.tree.leaves(tree), strict=True)
-    return [StoredLeaf(x, scales[scale_key(name)][path] if is_code(x) else None) for path, x in its]
+def unpack_moment(slot: Any, tree: PyTree, scales: Scales) -> list[StoredLeaf]:
+    """The leaves of a moment, a `MomentSlot`."""
+    pairs = zip(names(tree), jax.tree.leaves(tree), strict=True)
+    return [StoredLeaf(slot, x, slot.scale_of(path, x, scales)) for path, x in pairs]
 
 
 def repack_moment(
-    name: str, tree: PyTree, scales: Scales, leaves: Sequence[StoredLeaf]
+    slot: Any, tree: PyTree, scales: Scales, leaves: Sequence[StoredLeaf]
 ) -> tuple[PyTree, Scales]:
     """The tree with `leaves` in the place of its own, and all scales of its state."""
-    its = {
+    fresh = {
         path: leaf.scale
         for path, leaf in zip(names(tree), leaves, strict=True)
         if leaf.scale is not None
     }
     kept = jax.tree.unflatten(jax.tree.structure(tree), [leaf.array for leaf in leaves])
-    return kept, scales | ({scale_key(name): its} if its else {})
-
-
-def _codec_of(code: Array) -> Codec:
-    return Codec(bool(jnp.issubdtype(code.dtype, jnp.signedinteger)))
+    return kept, scales | ({slot.scale_key: fresh} if fresh else {})

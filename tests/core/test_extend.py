@@ -55,9 +55,8 @@ def scale_by_mean_size(decay=0.9, *, storage="float32"):
             leaf, updates, outputs=2, size=slot.widen(state.size, state.scales)
         )
         count = extend.increment(state.count)
-        stored = slot.narrow(
-            size, state.size, state.scales, count, context.stream("mean_size"), context.selector
-        )
+        bits = extend.StepBits(context.stream("mean_size"), count)
+        stored = slot.narrow(size, state.size, state.scales, bits, context.selector)
         return updates, MeanSizeState(count, stored[0], state.hyperparams, stored[1])
 
     return extend.Definition(init, update, (slot,), hypers, counter="count")

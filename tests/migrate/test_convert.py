@@ -18,6 +18,7 @@ from helpers import avals, draw_tree, refused, same
 
 import adam_jax as aj
 from adam_jax import storage
+from adam_jax._core.configuration import slots_of
 from adam_jax._core.decorators import wrapper
 from adam_jax.storage.stored_leaf import unpack_moment
 
@@ -300,6 +301,12 @@ def test_schedules_go_on():
 PRECISIONS = {"float32": 0, "bfloat16": 2**-8, "8bit": 1 / 16}
 
 
+def unpacked(tx, state, field):
+    """The leaves of a moment of the first stage."""
+    slot = slots_of(tx.stages[0])[field]
+    return unpack_moment(slot, getattr(state[0], field), state[0].scales)
+
+
 @functools.cache
 def converted_in_jit():
     """Every storage as every other, by the old one and the new one."""
@@ -324,9 +331,7 @@ def test_storages_become_one_another_within_their_precision(old, new, jit):
     found = converted_in_jit()[old, new] if jit else aj.convert_state(state, *txs, PARAMS).state
     assert avals(found) == avals(txs[1].init(PARAMS))
     for field in ("mu", "nu"):
-        before, now = (
-            unpack_moment(field, getattr(s[0], field), s[0].scales) for s in (state, found)
-        )
+        before, now = (unpacked(tx, s, field) for tx, s in zip(txs, (state, found), strict=True))
         for x, y in zip(before, now, strict=True):
             x, y = np.asarray(x.widen()), np.asarray(y.widen())  # noqa: PLW2901
             # The smallest code of 8 bits is 2⁻¹⁵ of the power of two above the leaf's largest. Half
@@ -345,7 +350,7 @@ def test_a_leaf_of_zeros_or_of_extremes_in_codes():
         grads = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), PARAMS)
         state = old.update(grads, old.init(PARAMS), PARAMS)[1]
         mu = aj.convert_state(state, old, new, PARAMS).state[0]
-        (_, code) = unpack_moment("mu", mu.mu, mu.scales)
+        (_, code) = unpacked(new, (mu,), "mu")
         np.testing.assert_allclose(code.widen(), jnp.nan_to_num(0.1 * value), rtol=1 / 15)
 
 
@@ -375,7 +380,7 @@ def test_codes_whose_scales_are_shared_otherwise_become_one_another():
         before, after, (updates, _) = made[f"{old} {new}"]
         for field in ("mu", "nu"):
             ((x,), (y,)) = (
-                unpack_moment(field, getattr(s[0], field), s[0].scales) for s in (before, after)
+                unpacked(txs[axis], state, field) for axis, state in ((old, before), (new, after))
             )
             assert y.scale.shape == scales[new]
             largest = np.abs(x.widen()).max()

@@ -15,6 +15,7 @@ import pytest
 from helpers import draw_tree, same
 
 import adam_jax as aj
+from adam_jax._core.configuration import slots_of
 from adam_jax.storage.stored_leaf import unpack_moment
 
 SHAPES = {"b": (3,), "head": {"w": (64, 80)}, "w": (64, 80)}
@@ -177,7 +178,7 @@ def test_a_nu_that_does_not_start_at_zero_starts_there_again():
         aj.rmsprop(0.1, initial_scale=0.25, storage="8bit"),
     ):
         state = aj.reset(trained(tx)[1], tx, match=r"(mu|nu)\['w'\]")
-        wide = unpack_moment("nu", state[0].nu, state[0].scales)
+        wide = unpack_moment(slots_of(tx.stages[0])["nu"], state[0].nu, state[0].scales)
         assert float(jnp.min(wide[2].widen())) == float(jnp.max(wide[2].widen())) == 0.25
         assert not np.allclose(wide[1].widen(), 0.25)
 

@@ -20,7 +20,7 @@ import adam_jax as aj
 from adam_jax import storage
 from adam_jax.storage.codec import HALF, Codec, to_float
 from adam_jax.storage.formats import resolve_storage
-from adam_jax.storage.random_bits import random_bits
+from adam_jax.storage.random_bits import StepBits, random_bits
 from adam_jax.storage.scales import UNKNOWN, unpack
 from adam_jax.storage.slot import MomentSlot
 from benchmarks import outliers
@@ -208,7 +208,7 @@ def test_codes_are_unbiased(codec, unit):
         return codec.narrow(
             jnp.broadcast_to(x, (DRAWS, len(x))),
             jnp.full((1, 1), unit, jnp.int32),
-            random_bits(jnp.uint32(1), (DRAWS, len(x))),
+            random_bits(np.uint32([1, 1]), (DRAWS, len(x))),
         )
 
     up = np.asarray(draw((x * sign).astype(np.float32))).astype(np.int32) * sign - lower
@@ -241,7 +241,7 @@ def test_floats_are_unbiased(name):
 
     @jax.jit
     def draw(x):
-        random = random_bits(jnp.uint32(1), (DRAWS, len(x)))
+        random = random_bits(np.uint32([1, 1]), (DRAWS, len(x)))
         return to_float(jnp.broadcast_to(x, random.shape), dtype, random).astype(jnp.float32)
 
     found = np.asarray(draw((x * sign).astype(np.float32)), np.float64) * sign
@@ -353,7 +353,9 @@ def test_a_step_uses_the_moments_before_they_are_narrowed(how):
         wide_moments, before = getattr(after[0], rest.name), getattr(first, rest.name)
         same(
             getattr(kept[0], rest.name),
-            rest.narrow(wide_moments, before, first.scales, kept[0].count, "track_moments 0")[0],
+            rest.narrow(
+                wide_moments, before, first.scales, StepBits("track_moments 0", kept[0].count)
+            )[0],
         )
 
 
@@ -402,7 +404,8 @@ def test_which_elements_share_a_scale(shape):
     there are 128 elements.
     """
     found = [
-        MomentSlot("mu", storage.Codes(axis=axis)).scale_shape(shape) for axis in (-1, -2, None)
+        MomentSlot("mu", storage.Codes(axis=axis)).form.scale_shape(shape)
+        for axis in (-1, -2, None)
     ]
     assert tuple(found) == ROWS[shape]
 
@@ -451,7 +454,7 @@ def test_equal_leaves_elements_and_steps_round_apart(how):
         before = [rest.first((64, 64), jnp.float32)] * 2
         narrow = jax.jit(
             lambda count, rest=rest, old=before, scales=scales: rest.narrow(
-                params, old, scales, count, "s"
+                params, old, scales, StepBits("s", count)
             )[0]
         )
         seen = [
@@ -470,7 +473,9 @@ def test_mu_and_nu_do_not_round_by_the_same_bits():
     for rest in rests_of("8bit"):
         scales = {f"{rest.name}_scale": {"0": jnp.zeros((1, 1), jnp.int16)}}
         before = [rest.first((64, 64), jnp.float32)]
-        kept, after = rest.narrow([jnp.full((64, 64), 1.0625)], before, scales, jnp.int32(1), "s")
+        kept, after = rest.narrow(
+            [jnp.full((64, 64), 1.0625)], before, scales, StepBits("s", jnp.int32(1))
+        )
         assert set(np.unique(kept[0])) == {8, 9}
         assert after[f"{rest.name}_scale"]["0"].shape == (1, 1)
         ups.append(np.asarray(kept[0]) == 9)
@@ -1432,7 +1437,7 @@ VALUES = [
     "bfloat16",
     "8bit",
     ("bfloat16", "8bit"),
-    storage.Codes("nearest", 3, 0),
+    storage.Codes(rounding="nearest", seed=3, smallest=0),
     storage.Float("float16", seed=2),
 ]
 
