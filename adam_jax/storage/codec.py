@@ -2,9 +2,6 @@
 
 Every operation is exact, but for one addition and the rounding that is meant, so every backend
 makes the same numbers.
-
-What is done to a leaf is a function under `jax.jit`: it is traced once for each shape, where the
-tracing of each leaf took most of the time that is not the compiler's.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from jax import Array, lax
 
 from adam_jax._core.leaves import PyTree, finfo
 from adam_jax._core.sums import all_reduce
+from adam_jax._core.tracing import traced_once
 from adam_jax.storage.scales import UNKNOWN, largest_along
 
 HALF = np.uint32(2**31)
@@ -81,7 +79,7 @@ def _refusing(message: str) -> Callable[..., Any]:
     return same
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "positive"))
+@traced_once("dtype", "positive")
 def to_float(x: Array, dtype: Any, random: Any, positive: bool = False) -> Array:
     """Rounds to a floating dtype, saturating; unbiased in all of its range, subnormal numbers too.
 
@@ -206,7 +204,7 @@ class Codec:
         return jnp.maximum(size, (size - coarse << np.int32(_COARSER)) + coarse)
 
     # Inline: behind a call, the TPU's compiler made two passes of a step with `compensate`.
-    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    @traced_once("self", inline=True)
     def widen(self, code: Array, unit: Any) -> Array:
         """What codes stand for, in float32."""
         exponent, coarse = self._layout(unit)
@@ -217,7 +215,7 @@ class Codec:
         )
         return jnp.where(k < 0, -size, size) if self.signed else size
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @traced_once("self")
     def narrow(self, x: Array, unit: Any, random: Any) -> Array:
         """Codes of float32 numbers, rounded by random bits or `HALF`."""
         exponent, coarse = self._layout(unit)
@@ -242,7 +240,7 @@ class Codec:
         size = small_float(k)
         return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @traced_once("self")
     def next_exponent(self, code: Array, unit: Any) -> Any:
         """Returns the exponents of the units in which the next step encodes.
 
@@ -256,7 +254,7 @@ class Codec:
         octave = exponent + (self._even(largest, coarse) >> _FRACTION)
         return jnp.where(largest == 0, UNKNOWN, self._clear(octave))
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @traced_once("self")
     def top(self, unit: Any) -> Array:
         """The largest number that the codes of a unit can be, float32, of its shape."""
         last = int(np.iinfo(self.dtype).max)

@@ -14,13 +14,13 @@ import functools
 import hashlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
 from adam_jax._core.errors import expect_integer
+from adam_jax._core.tracing import traced_once
 
 _FIRST, _SECOND = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
@@ -78,7 +78,7 @@ class StepBits:
         return jnp.stack([step, _mix(step + _FIRST)])
 
 
-@functools.partial(jax.jit, static_argnames="shape")
+@traced_once("shape")
 def random_bits(words: Array, shape: tuple[int, ...]) -> Array:
     """Returns 32 random bits for each element of an array.
 
