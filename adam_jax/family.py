@@ -67,7 +67,7 @@ def _ahead(nesterov: bool) -> tuple[Transformation, ...]:
     return (look_ahead(),) if nesterov else ()
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adam(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -102,7 +102,7 @@ def adam(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adamw(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -150,7 +150,7 @@ def adamw(
     return chain(decayed, *direction, last) if decay == "l2" else chain(*direction, decayed, last)
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adamax(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -179,7 +179,7 @@ def adamax(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adamaxw(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -203,7 +203,7 @@ def adamaxw(
     return chain(*direction, add_decayed_weights(weight_decay, mask), last)
 
 
-@recipe
+@recipe(rate="learning_rate")
 def amsgrad(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -241,7 +241,7 @@ def amsgrad(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def nadam(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -278,7 +278,7 @@ def nadam(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def nadamw(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -317,7 +317,7 @@ def nadamw(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def radam(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -352,7 +352,7 @@ def radam(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adabelief(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -382,7 +382,7 @@ def adabelief(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def yogi(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -412,7 +412,7 @@ def yogi(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def lamb(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -445,7 +445,7 @@ def lamb(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def momentum(
     learning_rate: Number,
     momentum: Number = 0.9,
@@ -487,7 +487,7 @@ def momentum(
     return chain(tracked, *direction, scale_by_learning_rate(learning_rate))
 
 
-@recipe
+@recipe(rate="learning_rate")
 def rmsprop(
     learning_rate: Number,
     decay: Number = 0.9,
@@ -554,7 +554,7 @@ def _fourth_root(count: Any) -> Any:
     return jnp.sqrt(jnp.sqrt(jnp.maximum(count, 0).astype(jnp.result_type(float))))
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adopt(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -595,7 +595,7 @@ def adopt(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def ademamix(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -635,7 +635,7 @@ def ademamix(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adam_mini(
     learning_rate: Number,
     b1: Number = 0.9,
@@ -670,7 +670,7 @@ def adam_mini(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adam_atan2(
     learning_rate: Number,
     b1: Number = 0.9,

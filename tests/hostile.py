@@ -179,8 +179,8 @@ MEMBERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 F, C = aj.storage.Float, aj.storage.Codes
 FORMS = (
-    "float32", "bfloat16", "8bit", C(smallest=0), C("nearest", smallest=0),
-    F(jnp.bfloat16, smallest=0), F(jnp.bfloat16, "nearest", smallest=0),
+    "float32", "bfloat16", "8bit", C(smallest=0), C(rounding="nearest", smallest=0),
+    F(jnp.bfloat16, smallest=0), F(jnp.bfloat16, rounding="nearest", smallest=0),
     *([F(jnp.float16, smallest=0)] if has_float16() else []),
     F(jnp.float8_e4m3fn, smallest=0),
     F(jnp.float8_e5m2, smallest=2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec
 
@@ -64,16 +65,17 @@ def stage(
             side: Any = rate(**bound.arguments) if callable(rate) else rate
             definition = Definition(*make(*bound.args, **bound.kwargs))
             interface = Interface(takes, gives, side, bias, end)
-            return transformation(
-                Spec(
-                    build,
-                    bound,
-                    definition.init,
-                    definition.update,
-                    interface,
-                    definition=definition,
-                )
+            hypers = list(definition.hyperparameters)
+            spec = Spec(
+                build,
+                bound,
+                definition.init,
+                definition.update,
+                interface,
+                definition=definition,
+                rate=hypers[0] if side == "applies" and len(hypers) == 1 else None,
             )
+            return transformation(spec)
 
         return build
 
@@ -121,16 +123,36 @@ def wrapper(
     return build
 
 
-def recipe(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
-    """Lets the chain that `make` returns print as a call of `make`; it stays equal to the chain."""
+def recipe(
+    *, rate: str | None
+) -> Callable[[Callable[P, Transformation]], Callable[P, Transformation]]:
+    """Lets the chain that a function returns print as a call of it; it stays equal to the chain.
 
-    @functools.wraps(make)
-    def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-        of = make(*args, **kwargs).init.spec
-        spec = Spec(build, bind(make, args, kwargs), of.init, of.update, of.interface, of.stages)
-        return transformation(spec)
+    Args:
+      rate: the name of the argument that is the learning rate, which a group of `by_path` may
+        multiply. `None` if there is none.
 
-    return build
+    Raises:
+      TypeError: when the recipe is made, if the function has no such argument.
+    """
+
+    def decorate(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
+        if rate is not None and rate not in inspect.signature(make).parameters:
+            raise TypeError(
+                f"recipe: found rate={rate!r}; {make.__name__} has "
+                f"{', '.join(inspect.signature(make).parameters)}."
+            )
+
+        @functools.wraps(make)
+        def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+            of = make(*args, **kwargs).init.spec
+            bound = bind(make, args, kwargs)
+            spec = Spec(build, bound, of.init, of.update, of.interface, of.stages, rate=rate)
+            return transformation(spec)
+
+        return build
+
+    return decorate
 
 
 def stateless(params: PyTree) -> optax.EmptyState:

@@ -92,6 +92,7 @@ class Spec:
         group of each leaf. A name that `inner` does not have is that of a frozen group.
       freezes: of a wrapper with groups, a function of a path that says whether the leaf there would
         be frozen.
+      rate: the name of the argument that is the learning rate, if a group may multiply it.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Spec:
         definition: Definition | None = None,
         split: Callable[[PyTree], list[str]] | None = None,
         freezes: Callable[[str], bool] | None = None,
+        rate: str | None = None,
     ) -> None:
         self.constructor, self.bound, self.interface, self.stages = (
             constructor,
@@ -114,6 +116,7 @@ class Spec:
             stages,
         )
         self.definition = definition or Definition(init, update)
+        self.rate = rate
         self.inner = inner or {}
         self.init, self.update, self.split, self.freezes = init, update, split, freezes
         self.key: Hashable = stages or (constructor, _freeze(self.config))

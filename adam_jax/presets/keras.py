@@ -37,7 +37,7 @@ __all__ = ["adam", "adamw", "adamax", "nadam", "rmsprop", "lamb", "sgd"]
 # fmt: off
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adam(
     learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
     1e-7, amsgrad: bool = False, weight_decay: Number | None = None, clipnorm: Number | None = None,
@@ -60,7 +60,7 @@ def adam(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adamw(
     learning_rate: Number = 0.001, weight_decay: Number = 0.004, beta_1: Number = 0.9, beta_2:
     Number = 0.999, epsilon: Number = 1e-7, amsgrad: bool = False, clipnorm: Number | None = None,
@@ -77,7 +77,7 @@ def adamw(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def adamax(
     learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
     1e-7, weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number |
@@ -98,7 +98,7 @@ def adamax(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def nadam(
     learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
     1e-7, weight_decay: Number | None = None, clipnorm: Number | None = None, clipvalue: Number |
@@ -122,7 +122,7 @@ def nadam(
     )
 
 
-@recipe
+@recipe(rate="learning_rate")
 def rmsprop(
     learning_rate: Number = 0.001, rho: Number = 0.9, momentum: Number = 0.0, epsilon: Number =
     1e-7, centered: bool = False, weight_decay: Number | None = None, clipnorm: Number | None =
@@ -144,7 +144,7 @@ def rmsprop(
     return chain(*clipped, *steps, *decays_by_rate(learning_rate, weight_decay))
 
 
-@recipe
+@recipe(rate="learning_rate")
 def lamb(
     learning_rate: Number = 0.001, beta_1: Number = 0.9, beta_2: Number = 0.999, epsilon: Number =
     1e-7, *, clipnorm: Number | None = None, clipvalue: Number | None = None, global_clipnorm:
@@ -163,7 +163,7 @@ def lamb(
     return chain(*clips(clipnorm, clipvalue, global_clipnorm), *steps)
 
 
-@recipe
+@recipe(rate="learning_rate")
 def sgd(
     learning_rate: Number = 0.01, momentum: Number = 0.0, nesterov: bool = False, weight_decay:
     Number | None = None, clipnorm: Number | None = None, clipvalue: Number | None = None,

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-@recipe
+@recipe(rate="learning_rate")
 def sgd(
     learning_rate: Number,
     momentum: Number | None = None,

@@ -70,7 +70,7 @@ def _chain(
 # fmt: off
 
 
-@recipe
+@recipe(rate="lr")
 def adam(
     lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0,
     amsgrad: bool = False, *, maximize: bool = False, decoupled_weight_decay: bool = False, storage:
@@ -89,7 +89,7 @@ def adam(
     return _chain(direction, lr, weight_decay, decoupled_weight_decay, maximize)
 
 
-@recipe
+@recipe(rate="lr")
 def adamw(
     lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 1e-2,
     amsgrad: bool = False, *, maximize: bool = False, storage: Storage = "float32"
@@ -106,7 +106,7 @@ def adamw(
     )
 
 
-@recipe
+@recipe(rate="lr")
 def adamax(
     lr: Number = 2e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0,
     *, maximize: bool = False, storage: Storage = "float32"
@@ -123,7 +123,7 @@ def adamax(
     return _chain(tuple(direction), lr, weight_decay, False, maximize)
 
 
-@recipe
+@recipe(rate="lr")
 def nadam(
     lr: Number = 2e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0,
     momentum_decay: Number = 4e-3, decoupled_weight_decay: bool = False, *,
@@ -142,7 +142,7 @@ def nadam(
     return _chain(direction, lr, weight_decay, decoupled_weight_decay, maximize)
 
 
-@recipe
+@recipe(rate="lr")
 def radam(
     lr: Number = 1e-3, betas: Betas = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0.0,
     decoupled_weight_decay: bool = False, *, maximize: bool = False, storage: Storage = "float32"
@@ -163,7 +163,7 @@ def radam(
     return _chain(direction, lr, weight_decay, decoupled_weight_decay, maximize)
 
 
-@recipe
+@recipe(rate="lr")
 def rmsprop(
     lr: Number = 1e-2, alpha: Number = 0.99, eps: Number = 1e-8, weight_decay: Number = 0.0,
     momentum: Number = 0.0, centered: bool = False, *, maximize: bool = False, storage: Storage =
@@ -184,7 +184,7 @@ def rmsprop(
     return _chain((*direction, *accumulates(momentum, storage)), lr, weight_decay, False, maximize)
 
 
-@recipe
+@recipe(rate="lr")
 def sgd(
     lr: Number = 1e-3, momentum: Number = 0.0, *, weight_decay: Number = 0.0, nesterov: bool =
     False, maximize: bool = False, storage: Storage = "float32"

@@ -110,8 +110,8 @@ class Format(abc.ABC):
         return like
 
     def largest(self, scale: Any, signed: bool) -> Array:
-        """The largest number that can be stored now. Gradients beyond its root saturate."""
-        return jnp.asarray(finfo(self.dtype_of(signed)).max).astype(np.float32)
+        """The largest number that codes can stand for now. Gradients beyond its root saturate."""
+        return jnp.asarray(finfo(np.float32).max, np.float32)
 
     def saturates_with(self, other: Format) -> bool:
         """Whether ν in this format is at its largest wherever a μ in the other one is."""

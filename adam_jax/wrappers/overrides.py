@@ -32,14 +32,13 @@ def with_overrides(default: Any, changes: Mapping[str, Any], caller: str) -> Tra
             "arguments by name; expected a default such as adamw(1e-3). Chain what is around it "
             "around by_path(...), or give the group a transformation."
         )
-    rates = [name for name in ("learning_rate", "lr") if name in config]
-    known = [*config, *([MULTIPLIER] if rates else [])]
+    known = [*config, *([MULTIPLIER] if spec.rate else [])]
     for name in changes:
         if name not in known:
-            near = [
-                other for other in rates if name in ("learning_rate", "lr")
-            ] or difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            # "lr" is what many call it, and close to no other name.
+            near = difflib.get_close_matches(str(name), known, n=1)
+            meant = spec.rate if name in ("learning_rate", "lr") else next(iter(near), None)
+            hint = f"did you mean {meant}? " if meant else ""
             raise TypeError(
                 f"{caller}: found {name!r}; {hint}{spec.constructor.__name__} has "
                 f"{', '.join(known)}."
@@ -53,7 +52,8 @@ def with_overrides(default: Any, changes: Mapping[str, Any], caller: str) -> Tra
                 "learning_rate."
             )
         Hyperparameter(f"{caller}: {MULTIPLIER}", factor)
-        config |= {name: _multiplied(config[name], _number(factor)) for name in rates}
+        rate = str(spec.rate)
+        config[rate] = _multiplied(config[rate], _number(factor))
     try:
         made: Transformation = spec.constructor(**config)
     except (TypeError, ValueError) as error:

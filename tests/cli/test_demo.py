@@ -123,7 +123,7 @@ def table(out):
 
 
 def test_digits_with_the_default_optimizers(demonstrate, quick):
-    out, figure = demonstrate()
+    out, figure = demonstrate("--steps", 40)
     assert list(table(out)) == ["sgd", "momentum", "rmsprop", "adam"]
     assert all(float(rate.strip("*")) in RATES for rate, *_ in table(out).values())
     assert "\x1b" not in out

@@ -137,8 +137,8 @@ def test_the_parts_that_count_take_their_limits_for_what_they_are():
 
 @pytest.mark.parametrize("donated", [True, False])
 def test_ten_thousand_steps_leak_nothing(donated):
-    """No array more than at the start; and not two megabytes, 200 bytes a step, of
-    anything else.
+    """No array more than at the start, and not 200 bytes a step of anything else: in one of three
+    thousands at least, because the rest of the process has memory of its own.
     """
     tx = aj.chain(aj.adamw(1e-3, storage=aj.storage.Codes(smallest=0)), aj.round_stochastically())
     params, grads = start()
@@ -159,11 +159,10 @@ def test_ten_thousand_steps_leak_nothing(donated):
         gc.collect()
         return len(jax.live_arrays()), resident()
 
-    arrays, memory = run(1000)
-    after_arrays, after_memory = run(10_000)
-    assert after_arrays == arrays
-    assert after_memory - memory < 2 * 2**20
-    assert int(state[0][0].count) == 11_000
+    arrays, memory = zip(*(run(steps) for steps in (1000, 3000, 3000, 3000)), strict=True)
+    assert len(set(arrays)) == 1
+    assert min(np.diff(memory)) < 200 * 3000
+    assert int(state[0][0].count) == 10_000
 
 
 def resident():
