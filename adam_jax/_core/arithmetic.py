@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from adam_jax._core.leaves import as_wide, finfo
+from adam_jax._core.tracing import traced_once
 
 
 def widen(grad: Any) -> Array:
@@ -57,6 +59,44 @@ def _on_parts(f: Callable[[Any, Any], Array], x: Array, real: Array) -> Array:
     if jnp.iscomplexobj(x):
         return lax.complex(_on_parts(f, lax.real(x), real), _on_parts(f, lax.imag(x), real))
     return f(x, real if real.dtype == x.dtype else real.astype(x.dtype))
+
+
+@traced_once(inline=True)
+def sqrt(x: Array) -> Array:
+    """√x, of derivative 0 where x is 0.
+
+    Infinity, the derivative there, would make NaN of a product with 0. What is divided by √ν + ε is
+    0 as well where ν is, so its own derivative is all there is.
+    """
+    return _sqrt(x)
+
+
+@jax.custom_jvp
+def _sqrt(x: Array) -> Array:
+    return lax.sqrt(x)
+
+
+@_sqrt.defjvp
+def _sqrt_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (root,) = map(lax.sqrt, primals)
+    zero = root == 0
+    slope = jnp.where(zero, 0, 0.5 / jnp.where(zero, 1, root))
+    return root, tangents[0] * slope
+
+
+@jax.custom_jvp
+def atan2(y: Array, x: Array) -> Array:
+    """The angle of (x, y), of derivative 0 at the origin, where it has none."""
+    return lax.atan2(y, x)
+
+
+@atan2.defjvp
+def _atan2_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (y, x), (dy, dx) = primals, tangents
+    square_of_size = x * x + y * y
+    nowhere = square_of_size == 0
+    slope = (x * dy - y * dx) / jnp.where(nowhere, 1, square_of_size)
+    return atan2(y, x), jnp.where(nowhere, 0, slope)
 
 
 def lerp(start: Array, end: Array, share: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._core.arithmetic import divide, multiply, widen
+from adam_jax._core.arithmetic import atan2, divide, multiply, sqrt, widen
 from adam_jax._core.context import Context
 from adam_jax._core.decorators import stage, stateless
 from adam_jax._core.errors import expect_params
@@ -53,8 +53,8 @@ def scale_by_moments(
 
     Args:
       eps: what is added outside the root, in units of the gradient, ≥ 0.
-      eps_root: what is added inside, in units of its square, ≥ 0. With one above 0, an update can
-        be differentiated where the gradient is 0.
+      eps_root: what is added inside, in units of its square, ≥ 0. With one above 0, an update is
+        smooth where the gradient is 0.
       floor: take max(√(nu + eps_root), eps) for the denominator instead of the sum.
       root: whether ν is in units of the gradient's square. Without, ν itself stands where its root
         does: AdaMax.
@@ -103,7 +103,7 @@ def scale_by_moments(
             )
             if not (isinstance(eps_root, (int, float)) and eps_root == 0):
                 nu = nu + used["eps_root"].astype(nu.dtype)
-            size = lax.sqrt(nu) if root else nu
+            size = sqrt(nu) if root else nu
             scaled = divide(mu, lax.max(size, outside) if floor else lax.add(size, outside))
             scaled = scaled if correction is None else multiply(scaled, correction())
             return scaled if readiness is None else jnp.where(readiness(), scaled, mu)
@@ -136,11 +136,11 @@ def scale_by_atan2(*, a: float = 1.0, b: float = 1.0) -> tuple[Init, Update]:
         moments = expect_moments(updates, "scale_by_atan2()", needs_nu=True)
 
         def leaf(grad: Any, mu: Array, nu: Array) -> Array:
-            below = b * jnp.sqrt(nu)
+            below = b * sqrt(nu)
             if not jnp.iscomplexobj(mu):
-                return a * jnp.arctan2(mu, below)
+                return a * atan2(mu, below)
             size = jnp.abs(mu)
-            return multiply(divide(mu, jnp.where(size == 0, 1, size)), a * jnp.arctan2(size, below))
+            return multiply(divide(mu, jnp.where(size == 0, 1, size)), a * atan2(size, below))
 
         return lift(leaf, moments.grad, free=("nu",), mu=moments.mu, nu=moments.nu), state
 
