@@ -77,6 +77,7 @@ def stage(
             )
             return transformation(spec)
 
+        _show_what_it_makes(build, make)
         return build
 
     return decorate
@@ -153,6 +154,11 @@ def recipe(
         return build
 
     return decorate
+
+
+def _show_what_it_makes(build: Any, make: Callable[..., Any]) -> None:
+    """Gives `build` the signature of `make`, but for what it returns."""
+    build.__signature__ = inspect.signature(make).replace(return_annotation="Transformation")
 
 
 def stateless(params: PyTree) -> optax.EmptyState:

@@ -16,8 +16,12 @@ import numpy as np
 from jax import Array
 
 from adam_jax._core.errors import brief
+from adam_jax._core.leaves import narrower_than_float32
 
 Scalar: TypeAlias = float | Array
+
+_LARGEST = float(np.finfo(np.float32).max)
+"""What is larger would be infinite, since scalars are float32 unless a leaf is float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ def settable(value: Scalar) -> Settable:
             f"settable: found {brief(value)}; expected a number or a traced scalar. A schedule "
             "cannot be set."
         )
+    Hyperparameter("settable", value)
     return Settable(value)
 
 
@@ -89,6 +94,7 @@ class Hyperparameter:
         number of steps already taken, int32, 0 at the first, to a scalar), or what `settable`
         returns.
       within: the interval that a number has to lie in, as mathematics writes it: "[0, 1)".
+      hint: what else to say to a number outside of it.
 
     Attributes:
       scheduled: whether it depends on the step.
@@ -100,8 +106,9 @@ class Hyperparameter:
         traced value cannot be looked at, and is not.
     """
 
-    def __init__(self, name: str, value: Any, within: str = "(-inf, inf)") -> None:
+    def __init__(self, name: str, value: Any, within: str = "(-inf, inf)", hint: str = "") -> None:
         self.name = name
+        self.hint = hint and f" {hint}"
         self.value = value
         self.within = within
         base = value.base if isinstance(value, Multiplied) else value
@@ -118,7 +125,7 @@ class Hyperparameter:
 
     def _check(self, value: Any, name: str) -> None:
         if isinstance(value, (bool, np.bool_)) or not isinstance(
-            value, (int, float, np.number, np.ndarray, Array)
+            value, (int, float, np.generic, np.ndarray, Array)
         ):
             raise TypeError(
                 f"{name}: found {brief(value)}; expected a number, a traced scalar, or a "
@@ -132,10 +139,16 @@ class Hyperparameter:
         dtype = (
             jnp.result_type(value)
             if isinstance(value, (Array, np.ndarray))
-            else np.result_type(type(value))
+            else np.result_type(getattr(value, "dtype", type(value)))
         )
-        if dtype.kind in "bc":
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
             raise TypeError(f"{name}: found the {dtype} {value!r}; expected a real number.")
+        if self.within == "[0, 1)" and hasattr(value, "dtype") and narrower_than_float32(value):
+            # 1 − 0.999 has one digit in bfloat16, and 0.999 is 1 there.
+            raise TypeError(
+                f"{name}: found a decay in {dtype}; expected float32 or a Python number: what a "
+                "decay lacks to 1 has no digits left in fewer bits."
+            )
         if isinstance(value, jax.core.Tracer):
             return
         try:
@@ -146,7 +159,12 @@ class Hyperparameter:
         above = number >= low if self.within[0] == "[" else number > low
         below = number <= high if self.within[-1] == "]" else number < high
         if not (above and below):
-            raise ValueError(f"{name}: found {number!r}; expected a number in {self.within}.")
+            raise ValueError(
+                f"{name}: found {number!r}; expected a number in {self.within}."
+                + self.hint * (number < low)
+            )
+        if _LARGEST < abs(number) < math.inf:
+            raise ValueError(f"{name}: found {number!r}; expected a number that float32 holds.")
 
     def at(self, count: Array | None, kept: Mapping[str, Array] = {}) -> Scalar:
         """Returns the value for a step. A Python number stays one.

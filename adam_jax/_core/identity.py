@@ -177,7 +177,11 @@ def expect_state(tx: Any, state: Any, caller: str) -> None:
     theirs = [node for node in jax.tree.leaves(state, is_leaf=_is_optax) if _is_optax(node)]
     if theirs:
         remedy = "A run of Optax goes on with from_optax(state, tx, params)."
-    elif isinstance(state, (dict, list)) or state is None:
+    elif state is None:
+        remedy = "Begin with tx.init(params)."
+    elif isinstance(state, (dict, list)) and not _looks_saved(state):
+        remedy = "It takes update(gradients, state, params), in this order."
+    elif isinstance(state, (dict, list)):
         remedy = (
             "Restore a checkpoint with the state of tx.init(params) as its target, so that it "
             "comes back with its classes."
@@ -190,6 +194,20 @@ def expect_state(tx: Any, state: Any, caller: str) -> None:
     raise ValueError(
         f"{caller}: {show(tx)} got the state of another transformation: {wrong}. {remedy}"
     )
+
+
+def _looks_saved(state: Any) -> bool:
+    """Whether a dict or a list is a state that was saved without its classes.
+
+    Such a state has the names or the numbers of its stages on top, and the names of their fields
+    below. Parameters and gradients have not.
+    """
+    keys = {str(getattr(entry, "key", entry)) for path in _key_paths(state) for entry in path}
+    return bool(keys & {"count", "mu", "nu", "step", "hyperparams", "inner_state"})
+
+
+def _key_paths(tree: Any) -> Iterator[tuple[Any, ...]]:
+    return (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _is_optax(node: Any) -> bool:

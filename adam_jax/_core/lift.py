@@ -60,6 +60,36 @@ def lift(
     return trees[0] if outputs == 1 else trees
 
 
+def expect_gradients(updates: PyTree, params: PyTree, caller: str) -> None:
+    """Refuses gradients that are none of their parameters.
+
+    Raises:
+      ValueError: for a floating gradient of an integer parameter, and for a complex one of a real
+        parameter, whose imaginary part would be lost.
+    """
+    located, structure = _located(updates)
+    if params is None or structure != jax.tree_util.tree_structure(params):
+        return  # `lift` says in what trees differ
+    for (keys, update), param in zip(located, jax.tree.leaves(params), strict=True):
+        if not (hasattr(update, "dtype") and hasattr(param, "dtype") and takes_part(update)):
+            continue
+        at, found = _at(jax.tree_util.keystr(keys)), f"found a gradient of {dtype_of(update)}"
+        if not takes_part(param):
+            raise ValueError(
+                f"{caller}: {at}{found} for a parameter of {dtype_of(param)}, which has no "
+                "moments; expected none. Make the parameter floating, or take its gradient with "
+                "jax.grad(..., allow_int=True), which gives float0 there."
+            )
+        if jnp.issubdtype(update.dtype, jnp.complexfloating) and not jnp.issubdtype(
+            dtype_of(param), jnp.complexfloating
+        ):
+            raise ValueError(
+                f"{caller}: {at}{found} for a parameter of {dtype_of(param)}, whose step would "
+                "lose the imaginary part; expected a real one. Take jnp.real of it, or make the "
+                "parameter complex."
+            )
+
+
 def _located(tree: PyTree) -> tuple[list[Any], Any]:
     return jax.tree_util.tree_flatten_with_path(tree)
 
@@ -107,14 +137,14 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
             and not (free and len(shape) == len(wanted[path]))
         ):
             return (
-                f"at leaf {path} the gradient has shape {shape}, but {name} has shape "
+                f"{_at(path)}the gradient has shape {shape}, but {name} has shape "
                 f"{wanted[path]}. {remedy}"
             )
     for path, leaf in located:
         name_of = jax.tree_util.keystr(path)
         if not takes_part(leaf) and name_of in wanted:
             return (
-                f"at leaf {name_of} the gradient has dtype {dtype_of(leaf)}, but {name} is "
+                f"{_at(name_of)}the gradient has dtype {dtype_of(leaf)}, but {name} is "
                 f"floating there; expected a floating gradient. {remedy}"
             )
     extra, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
@@ -126,6 +156,10 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
             f"{jax.tree.structure(other)}"
         ]
     return f"the gradients' tree is not that of {name}: {'; '.join(says)}. {remedy}"
+
+
+def _at(path: str) -> str:
+    return f"at leaf {path} " if path else ""
 
 
 def narrow(

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adam_jax._core.context import Context
@@ -24,6 +26,7 @@ from adam_jax._core.errors import brief, expect_array
 from adam_jax._core.identity import expect_state
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree
+from adam_jax._core.lift import expect_gradients
 from adam_jax._core.spec import Spec, is_transformation, show, swapped
 
 
@@ -74,10 +77,17 @@ class _Update(_Function):
         self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         expect_state(self.spec, state, f"{self.spec.constructor.__name__}: update")
+        state = _of_jax(state)
+        expect_gradients(updates, params, f"{self.spec.constructor.__name__}: update")
         with _of_arrays(f"{self.spec.constructor.__name__}: update", updates, params):
             return self.spec.update(
                 updates, state, params, Context(gradient=extra.get("gradient"), extra=extra)
             )
+
+
+def _of_jax(state: Any) -> Any:
+    """Returns a state of arrays of JAX, where it came back from a file as arrays of NumPy."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, state)
 
 
 def transformation(spec: Spec) -> Transformation:

@@ -12,7 +12,7 @@ from jax import Array
 from adam_jax._core.arithmetic import divide
 from adam_jax._core.configuration import INSIDE, StageInstance, gathering, moment_states
 from adam_jax._core.leaves import PyTree
-from adam_jax._core.paths import paths
+from adam_jax._core.paths import names
 from adam_jax._core.spec import show
 from adam_jax._core.transformation import Transformation
 from adam_jax.migrate.carried_factors import (
@@ -102,7 +102,7 @@ def _moment(
     """
     stage, sources = pair.stage, pair.sources[field]
     tree = getattr(stage.state, field)
-    names = paths(tree)
+    where = names(tree)
     beside = beside_mu(pair, field)
     leaves, notes = [], []
     for i, start in enumerate(unpack_moment(stage.slots[field], tree, scales)):
@@ -118,9 +118,9 @@ def _moment(
         origins = [f"from {source.stage.place}.{field}" for source in sources if source]
         moved = [origin for origin in origins if origin != f"from {stage.place}.{field}"]
         kept.append(entry_of(stage, field, note=", ".join(dict.fromkeys(moved + notes))))
-    missing = [path for path, source in zip(names, sources, strict=True) if source is None]
+    missing = [path for path, source in zip(where, sources, strict=True) if source is None]
     if missing:
-        notes = [if_not_all(missing, names)]
+        notes = [if_not_all(missing, where)]
         notes += [
             f"{moment.stage.place}.{field} was {moment.stage.meanings[field]}"
             for moment in pairing.moments

@@ -112,7 +112,8 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     if not nodes:
         raise ValueError(
             f"{caller}: found no moments of Optax in a {type(state).__name__}; expected the state "
-            "of an optimizer, such as optax.adam(1e-3).init(params) makes."
+            "of an optimizer, such as optax.adam(1e-3).init(params) makes. Restore a checkpoint "
+            "with such a state as its target, so that it comes back with its classes."
         )
     same_kinds(ours, _places(found), caller, "the state")
     _expect_decays(state, decays(tx, first, caller), caller)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._core.configuration import INSIDE, Configuration, StageInstance
-from adam_jax._core.paths import paths
+from adam_jax._core.paths import names
 from adam_jax._core.spec import wrapped
 from adam_jax._core.transformation import Transformation
 from adam_jax.migrate.factors import factor_of
@@ -111,7 +111,7 @@ def pair(old: Configuration, new: Configuration) -> Pairing:
         if fits:
             taken.add(stage.key)
         sources = {
-            field: [_take(moments, stage.meanings[field], path) for path in paths(tree)]
+            field: [_take(moments, stage.meanings[field], path) for path in names(tree)]
             for field in stage.meanings
             for tree in [getattr(stage.state, field)]
         }
@@ -123,7 +123,7 @@ def pair(old: Configuration, new: Configuration) -> Pairing:
 def _moment(stage: StageInstance, field: str) -> Moment:
     tree = getattr(stage.state, field)
     stored = unpack_moment(stage.slots[field], tree, stage.state.scales)
-    rows = enumerate(zip(paths(tree), stored, strict=True))
+    rows = enumerate(zip(names(tree), stored, strict=True))
     leaves = {path: Source(stage, field, row, leaf) for row, (path, leaf) in rows}
     return Moment(stage, field, leaves, dict(leaves))
 

@@ -22,6 +22,8 @@ from adam_jax._core.leaves import PyTree, as_wide, dtype_of, narrower_than_float
 from adam_jax._core.lift import lift, narrow
 from adam_jax._core.spec import Definition
 
+MAXIMIZE = "To maximize, negate the gradients: chain(optax.scale(-1), adam(...))."
+
 
 class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`.
@@ -48,12 +50,15 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> Definition:
 
     Args:
       learning_rate: the step size; a schedule gets the number of steps taken, 0 at the first. A
-        traced scalar works without retracing and under `jax.vmap`. A negative one ascends.
+        traced scalar works without retracing and under `jax.vmap`. To maximize, chain
+        `optax.scale(-1)` in front of the optimizer, so that it meets the gradients.
 
     Raises:
-      ValueError: for NaN or an infinity.
+      ValueError: for a negative number, NaN or an infinity.
     """
-    hypers = Hyperparameters(Hyperparameter("learning_rate", learning_rate))
+    hypers = Hyperparameters(
+        Hyperparameter("learning_rate", learning_rate, "[0, inf)", hint=MAXIMIZE)
+    )
 
     def init(params: PyTree) -> ScaleByLearningRateState:
         return ScaleByLearningRateState(hypers.first_step(), hypers.kept(scalar_dtype(params)))

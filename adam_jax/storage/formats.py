@@ -204,6 +204,14 @@ def canonical(storage: Any) -> Any:
     return next((name for name, form in NAMED.items() if form == storage), storage)
 
 
+def _real(dtype: Any) -> Any:
+    """The dtype of the parts, where Optax has complex moments in one."""
+    try:
+        return jnp.zeros((), dtype).real.dtype
+    except TypeError:
+        return dtype
+
+
 def resolve_storage(
     storage: Storage, mu_dtype: Any = None, nu_dtype: Any = None
 ) -> tuple[Format, Format]:
@@ -234,6 +242,6 @@ def resolve_storage(
                 raise ValueError(
                     f"found both {name}={dtype!r} and storage={one!r}; expected one of them."
                 )
-            form = Float(_floating(dtype, name), smallest=0)
+            form = Float(_floating(_real(dtype), name), smallest=0)
         chosen.append(form)
     return chosen[0], chosen[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -192,12 +192,7 @@ def _labels(groups: Mapping[str, Any], tree: PyTree, ordered: bool) -> list[str]
     matched = {pattern for its in matches for pattern in its}
     for pattern in groups:
         if pattern not in matched:
-            partly = [path for path in found if re.search(pattern, path)]
-            hint = (
-                f"It matches a part of {partly[0]!r}: did you mean {f'.*({pattern}).*'!r}? "
-                if partly
-                else ""
-            )
+            hint = _hint(pattern, found)
             raise ValueError(
                 f"by_path: found no leaf that {pattern!r} matches; expected at least one, and a "
                 f"match of the whole path. {hint}Paths are {_listed(found)}."
@@ -266,6 +261,25 @@ def _expect_patterns(groups: Any) -> None:
             raise ValueError(
                 f"by_path: found the pattern {pattern!r}; expected a regular expression: {error}."
             ) from error
+
+
+def _hint(pattern: str, paths: Sequence[str]) -> str:
+    """Returns what may have been meant by a pattern that no path matches as a whole."""
+    # A "*" behind "/" is a shell's, and as a part "a/*" would match every path with an "a".
+    glob = re.sub(r"(?<![.)\]}\\\w])\*+", ".*", pattern)
+    if glob != pattern and any(re.fullmatch(glob, path) for path in paths):
+        return f"It is a regular expression: did you mean {glob!r}? "
+    for path in paths:
+        part = re.search(pattern, path)
+        if part and part[0]:
+            before = re.escape(path[: part.start()]).replace("\\-", "-")
+            of_one = [f"{before}{pattern}", f"{before}{pattern}.*"]
+            of_many = [f".*/{pattern}", f".*/{pattern}/.*", f".*{pattern}", f".*{pattern}.*"]
+            likely = [] if "|" in pattern else of_one if "/" in pattern else of_many
+            meant = next((each for each in likely if re.fullmatch(each, path)), None)
+            meant = meant or f".*({pattern}).*"
+            return f"It matches a part of {path!r}: did you mean {meant!r}? "
+    return ""
 
 
 def _interface(parts: Mapping[str, Any], flows: Mapping[str, Interface]) -> Interface:

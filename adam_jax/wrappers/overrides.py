@@ -51,7 +51,7 @@ def with_overrides(default: Any, changes: Mapping[str, Any], caller: str) -> Tra
                 f"{caller}: {MULTIPLIER}: found {factor!r}; expected a number. Or give a "
                 "learning_rate."
             )
-        Hyperparameter(f"{caller}: {MULTIPLIER}", factor)
+        Hyperparameter(f"{caller}: {MULTIPLIER}", factor, "[0, inf)")
         rate = str(spec.rate)
         config[rate] = _multiplied(config[rate], _number(factor))
     try:

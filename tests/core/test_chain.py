@@ -259,7 +259,7 @@ def test_a_state_of_another_chain_is_refused():
     ):
         tx.update(jnp.ones(1), (optax.EmptyState(),))
     with pytest.raises(
-        ValueError, match="a dict, where it keeps the states of 4 stages.*as its target"
+        ValueError, match="a dict, where it keeps the states of 4 stages.*in this order"
     ):
         tx.update(jnp.ones(1), {})
 

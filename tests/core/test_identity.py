@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import normals, refused
+from helpers import normals, refused, same
 
 import adam_jax as aj
 from adam_jax import presets, storage
@@ -159,6 +159,27 @@ def test_groups_that_were_swapped():
         take(one, other.init(PARAMS))
 
 
+def test_arguments_in_another_order():
+    """D8, D13: of `update` and of `apply_updates`; no message prints an array."""
+    tx = aj.adam(0.1)
+    state = tx.init(PARAMS)
+    for wrong in ((state, PARAMS, PARAMS), (PARAMS, PARAMS, state)):
+        with refused(ValueError, "update(gradients, state, params)") as caught:
+            tx.update(*wrong)
+        assert "\n" not in str(caught.value)
+    for wrong in ((tx, PARAMS), (PARAMS, tx), (PARAMS, {"b": PARAMS["b"]})):
+        with refused(ValueError, "apply_updates(params, updates)") as caught:
+            aj.apply_updates(*wrong)
+        assert len(str(caught.value)) < 400
+
+
+def test_states_of_numpy_are_taken():
+    """B6: `jax.device_get` and `flax.serialization` give them."""
+    for tx in (aj.skip_spikes(aj.adam(0.1)), aj.observe(aj.adam(0.1, storage="8bit"), every=1)):
+        state = tx.init(PARAMS)
+        same(tx.update(PARAMS, jax.device_get(state), PARAMS), tx.update(PARAMS, state, PARAMS))
+
+
 def test_what_comes_back_from_a_checkpoint_without_a_target():
     tx = aj.adam(0.1)
     first, *rest = tx.init(PARAMS)
@@ -167,7 +188,7 @@ def test_what_comes_back_from_a_checkpoint_without_a_target():
             ValueError,
             "adam(",
             "got the state of another transformation",
-            "target" if state is None else "",
+            "tx.init(params)" if state is None else "target",
         ):
             take(tx, state)
 

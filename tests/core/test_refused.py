@@ -80,8 +80,34 @@ def test_a_negative_or_nan_epsilon_or_decay(make, name, value):
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=repr)
 def test_a_learning_rate_that_is_not_finite(member, value):
-    with refused(ValueError, f"learning_rate: found {value!r}", "expected a number in (-inf, inf)"):
+    with refused(ValueError, f"learning_rate: found {value!r}", "expected a number in [0, inf)"):
         member(value)
+
+
+def test_a_learning_rate_below_0(member):
+    """D11: maximizing is asked for by a word, not by a sign."""
+    with refused(ValueError, "learning_rate: found -0.1", "chain(optax.scale(-1), adam(...))"):
+        member(-0.1)
+
+
+def test_numbers_that_float32_does_not_hold_and_numbers_of_other_kinds(member):
+    """B9: 1e39 was checked in float64, and stepped by −inf; a number of ml_dtypes was none."""
+    with refused(ValueError, "learning_rate: found 1e+39", "expected a number that float32 holds"):
+        member(1e39)
+    tx = member(np.zeros((), jnp.bfloat16)[()] + np.ones((), jnp.bfloat16)[()])
+    state = tx.init(jnp.ones(3))
+    assert adam_jax.hyperparameters(state, tx)["learning_rate"] == 1.0
+
+
+@pytest.mark.parametrize(("make", "name"), arguments("b1", "b2"))
+def test_a_decay_in_bfloat16(make, name):
+    """E7: 0.999 is 1 there, which eagerly was an error and under jit a NaN."""
+    tx = make(0.1, **{name: lambda t: jnp.bfloat16(0.999)})
+    for init in (tx.init, jax.jit(tx.init)):
+        with refused(TypeError, "the schedule b", "bfloat16", "expected float32"):
+            init(jnp.ones(3))
+    with refused(TypeError, name, "bfloat16", "expected float32"):
+        make(0.1, **{name: jnp.bfloat16(0.875)})
 
 
 @pytest.mark.parametrize(

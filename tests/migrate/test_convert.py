@@ -668,3 +668,13 @@ def test_the_report_is_a_table():
     ]
     assert rows[0].endswith("float32 → int8")
     assert "the mean of squared gradients" in rows[2]
+
+
+def test_leaves_whose_joined_paths_are_equal_keep_their_own_moments():
+    """E6."""
+    params = {"a/b": jnp.ones(3), "a": {"b": jnp.zeros(3)}}
+    old, new = aj.adam(0.1), aj.adamw(0.1)
+    state = old.update(jax.tree.map(lambda p: p + 1, params), old.init(params), params)[1]
+    found = aj.convert_state(state, old, new, params)
+    assert not found.fresh
+    same(found.state[0], state[0])
