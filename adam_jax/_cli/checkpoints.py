@@ -2,8 +2,8 @@
 
 They are Orbax's: written beside, then renamed, so that one is there as a whole or not at all.
 `docs/scripts/train.py` does the same for many processes. Each holds the arrays of the run, its
-curves, its options, and a SHA-256 of all these: Orbax refuses a file that is cut short, but notices
-no flipped bit.
+curves, its options, a SHA-256 of all these, and one of what is not an array: Orbax refuses a file
+that is cut short, but notices no flipped bit.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Checkpoints:
         leaves = jax.tree.leaves(carry)
         run: dict[str, Any] = {"options": self._options, "progress": progress._asdict()}
         run["digest"] = _digest(leaves, **run)
+        run["seal"] = _seal(run)
         saved = ocp.args.Composite(
             arrays=ocp.args.StandardSave(_named(leaves)), run=ocp.args.JsonSave(run)
         )
@@ -75,7 +76,9 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **wanted)
             )
-            made = found.run["options"]
+            made, seal = found.run["options"], found.run.pop("seal")
+            if seal != _seal(found.run):  # else a flipped bit would be another option
+                raise ValueError("its options are not those that were saved")
         except Exception as error:  # whatever a damaged file makes of it: there are dozens of kinds
             raise self._damaged(
                 step, f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -133,6 +136,10 @@ def _named(leaves: list[Any]) -> dict[str, Any]:
     Orbax takes no array without elements, which the scales of no codes are.
     """
     return {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
+
+
+def _seal(run: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(leaves: list[Any], options: dict[str, Any], progress: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import argparse
 import faulthandler
 import hashlib
 import inspect
+import json
 import os
 import traceback
 import warnings
@@ -93,6 +94,13 @@ def checksums(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def sealed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with a hash of them: a flipped bit makes other settings, which are valid too."""
+    own = {name: value for name, value in settings.items() if name != "seal"}
+    text = json.dumps(own, sort_keys=True).encode()
+    return own | {"seal": hashlib.sha256(text).hexdigest()}
+
+
 def resume(manager: ocp.CheckpointManager, start: Any, settings: dict[str, Any]) -> tuple[int, Any]:
     """The newest checkpoint that is as it was saved, and its step; `start` and 0 if there is none
     at all.
@@ -111,17 +119,20 @@ def resume(manager: ocp.CheckpointManager, start: Any, settings: dict[str, Any])
     wanted = ocp.args.StandardRestore((start, checksums(start)))
     damaged: list[int] = []
     for step in sorted(manager.all_steps(), reverse=True):
-        made, found, problem = settings, None, ""
+        made, found, problem = sealed(settings), None, ""
         try:
             path = manager.directory / str(step)
             made = reader.restore(
                 path, args=ocp.args.Composite(settings=ocp.args.JsonRestore())
             ).settings
-            if made == settings:
+            if made != sealed(made):
+                problem, made = "its settings are not those that were saved", sealed(settings)
+            elif made == sealed(settings):
                 found = reader.restore(path, args=ocp.args.Composite(arrays=wanted)).arrays
         except Exception as error:  # whatever a damaged file makes of it: there are dozens of kinds
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if made != settings:
+        if made != sealed(settings):
+            made.pop("seal")
             raise ValueError(
                 f"found a checkpoint of {made}; expected {settings}. Choose another --directory."
             )
@@ -230,7 +241,8 @@ def train(
                 # Waits until the one before is complete, copies the arrays, and writes while
                 # training goes on.
                 saved = ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), settings=ocp.args.JsonSave(settings)
+                    arrays=ocp.args.StandardSave(arrays),
+                    settings=ocp.args.JsonSave(sealed(settings)),
                 )
                 manager.save(i + 1, args=saved)
                 say(f"step {i + 1}: loss {float(value):.9g}", flush=True)
