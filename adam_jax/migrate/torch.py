@@ -6,7 +6,7 @@ safetensors give them, with tensors or NumPy arrays, and go back with NumPy arra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,13 +28,21 @@ from adam_jax.migrate.foreign_state import (
     same_leaves,
     trained,
 )
-from adam_jax.migrate.torch_names import Layouts, Names, Pair, options_of, pairs_of, target_of
+from adam_jax.migrate.torch_names import (
+    Layouts,
+    Names,
+    Pair,
+    options_of,
+    pairs_of,
+    sizes_by_name,
+    target_of,
+)
+from adam_jax.migrate.torch_order import ParamNames, names_by_number
 from adam_jax.migrate.torch_settings import expect_decays, expect_settings
 from adam_jax.migrate.torch_state import (
     fields_by_name,
     groups_and_entries,
     kinds_kept,
-    names_by_number,
     steps_by_path,
 )
 
@@ -46,7 +54,7 @@ def from_torch(
     *,
     mapping: Names | None = None,
     transpose: Layouts | None = None,
-    names: Sequence[str] | None = None,
+    names: ParamNames | None = None,
     count: int | None = None,
 ) -> PyTree:
     """The state of `tx` in a run that PyTorch began.
@@ -78,8 +86,9 @@ def from_torch(
         The rule: in a leaf called "kernel" PyTorch's first two axes come last, (out, in, …) to (…,
         in, out); all other leaves are as in PyTorch. It fits transposed convolutions of Flax with
         `transpose_kernel=True`.
-      names: those of the parameters in the order of the optimizer's groups, where its state dict
-        has no "param_names". With one group it is that of `model.named_parameters()`.
+      names: those of the parameters, where the state dict has no "param_names". With one group it
+        is a list in the order of `model.named_parameters()`. With several groups it is a list for
+        each group, in the optimizer's order. A table by PyTorch's numbers says it most plainly.
       count: the steps taken, for a state that keeps none: of SGD.
 
     Returns:
@@ -88,16 +97,18 @@ def from_torch(
     Raises:
       TypeError: for what is no state dict (we load no files) and no tensor, or if `tx` is no
         transformation.
-      ValueError: for names that are missing, left over, or meet in one leaf; shapes that differ
-        once transposed; steps that are no whole number; decays and settings that are not those of
-        `tx`; moments that only one side has.
+      ValueError: for names that are missing, left over, or meet in one leaf; an order of names that
+        equal shapes do not check (one list for several groups, an alphabetical one); shapes that
+        differ once transposed; steps that are no whole number; decays and settings that are not
+        those of `tx`; moments that only one side has.
     """
     caller = "from_torch"
     groups, entries = groups_and_entries(state_dict, caller)
     first = abstract_state(tx, params, caller)
     parts, ours = memories(tx, first, caller)
-    called = names_by_number(groups, names, caller)
     leaves = trained(params)
+    sizes = sizes_by_name(leaves, mapping, caller)
+    called = names_by_number(groups, entries, names, sizes, caller)
     held = {path for its in ours.values() for path in all_leaves(its)}
     pairs = pairs_of(
         called.values(), leaves, mapping, transpose, caller, still=leaves.keys() - held
@@ -179,7 +190,7 @@ def to_torch(
     *,
     mapping: Names | None = None,
     transpose: Layouts | None = None,
-    names: Sequence[str] | None = None,
+    names: ParamNames | None = None,
 ) -> dict[str, Any]:
     """The state dict of a PyTorch optimizer in a run of ours.
 
@@ -205,7 +216,7 @@ def to_torch(
         `reset`.
     """
     caller = "to_torch"
-    groups, _ = groups_and_entries(like, caller)
+    groups, entries = groups_and_entries(like, caller)
     run = read(tx, state, caller)
     fields = {kind: field for field, kind in fields_by_name(groups).items()}
     same_kinds(
@@ -223,9 +234,9 @@ def to_torch(
         options = options_of(target_of(name, mapping, caller) or "")
         return not any(is_frozen(path) for is_frozen in frozen for path in options)
 
-    called = {
-        i: name for i, name in names_by_number(groups, names, caller).items() if is_trained(name)
-    }
+    sizes = sizes_by_name(leaves, mapping, caller)
+    all_called = names_by_number(groups, entries, names, sizes, caller)
+    called = {i: name for i, name in all_called.items() if is_trained(name)}
     pairs = pairs_of(called.values(), leaves, mapping, transpose, caller)
     by_group = [
         (group, [pairs[called[i]] for i in group["params"] if called.get(i) in pairs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from adam_jax._core.errors import brief, some
 from adam_jax._core.leaves import dtype_of
+from adam_jax.migrate.torch_order import TAKE_THEM
 
 Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
@@ -59,9 +61,16 @@ class Pair(NamedTuple):
             raise ValueError(
                 f"{caller}: {self.name}: found the shape {x.shape}, {made}; expected "
                 f"{jnp.shape(leaf)}, of {self.path}. If the two are the same parameter, say how it "
-                f"has to be transposed: transpose={{{self.name!r}: axes}}."
+                f"has to be transposed: transpose={{{self.name!r}: axes}}.{_of_order(caller)}"
             )
         return y
+
+
+def _of_order(caller: str) -> str:
+    """What else a shape can mean that differs, where names come in an order."""
+    if caller not in ("from_torch", "to_torch"):
+        return ""
+    return f" If not, the order of names= is not the optimizer's: {TAKE_THEM}."
 
 
 def number_array(x: Any, name: str, caller: str) -> np.ndarray:
@@ -215,3 +224,17 @@ def _layout(
         )
     inverse = np.argsort(axes).tolist()
     return lambda x: x.transpose(axes), lambda x: x.transpose(inverse)
+
+
+def sizes_by_name(
+    leaves: Mapping[str, Any], mapping: Names | None, caller: str
+) -> Callable[[str], int | None]:
+    """Returns a function from a name to how many elements its leaf has; `None` without a leaf."""
+
+    def size(name: str) -> int | None:
+        options = options_of(target_of(name, mapping, caller) or "")
+        return next(
+            (math.prod(jnp.shape(leaves[path])) for path in options if path in leaves), None
+        )
+
+    return size

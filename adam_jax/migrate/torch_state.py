@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adam_jax._core.errors import brief, some
+from adam_jax._core.errors import some
 from adam_jax.migrate.counted import whole
 from adam_jax.migrate.torch_names import expect_table, number_array
 
@@ -59,28 +59,6 @@ def groups_and_entries(state_dict: Any, caller: str) -> tuple[list[Any], Mapping
             "integers. JSON makes strings of them: {int(i): its for i, its in state.items()}."
         )
     return list(groups), entries
-
-
-def names_by_number(groups: list[Any], names: Sequence[str] | None, caller: str) -> dict[int, str]:
-    """The names by the numbers that PyTorch gives to parameters."""
-    numbers = [i for group in groups for i in group["params"]]
-    strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    if names is not None and not strings:
-        raise TypeError(f"{caller}: names: found {brief(names)}; expected a list of strings.")
-    if names is None:
-        if any("param_names" not in group for group in groups):
-            raise ValueError(
-                f"{caller}: the state dict numbers its {len(numbers)} parameters and does not name "
-                "them. Give their names in the optimizer's order: names=[name for name, _ in "
-                "model.named_parameters()]."
-            )
-        names = [name for group in groups for name in group["param_names"]]
-    if len(names) != len(numbers):
-        raise ValueError(
-            f"{caller}: found {len(names)} names for {len(numbers)} parameters; expected one each, "
-            "in the groups' order."
-        )
-    return dict(zip(numbers, names, strict=True))
 
 
 def fields_by_name(groups: list[Any]) -> dict[str, str]:

@@ -253,7 +253,7 @@ def in_groups(torch, model):
         {"params": decays.values(), "weight_decay": 0.1},
         {"params": rests.values(), "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=1e-3), [*decays, *rests]
+    return torch.optim.AdamW(groups, lr=1e-3), [[*decays], [*rests]]
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -674,15 +674,15 @@ def test_settings_of_groups_are_those_of_their_leaves():
         {"params": [1], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
         {"params": [2], "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0},
     ]
-    state_dict = saved() | {"param_groups": groups}
-    state = moved(state_dict, tx)
+    state_dict, names = saved() | {"param_groups": groups}, [[name] for name in NAMES]
+    state = moved(state_dict, tx, names=names)
     np.testing.assert_allclose(
         state.inner_states["norm/.*"][0].weights[0, 1], 1 - 0.99**5, rtol=1e-6
     )
     np.testing.assert_allclose(
         state.inner_states["default"][0].weights[0, 1], 1 - 0.999**5, rtol=1e-6
     )
-    back = aj.migrate.to_torch(state, tx, state_dict, names=NAMES, mapping=TABLE)
+    back = aj.migrate.to_torch(state, tx, state_dict, names=names, mapping=TABLE)
     jax.tree.map(np.testing.assert_array_equal, back, state_dict)
 
     for i, changes, says in [
@@ -712,6 +712,7 @@ def test_settings_of_groups_are_those_of_their_leaves():
                     ]
                 },
                 tx,
+                names=names,
             )
     for decoupled, decay in [(True, "l2"), (False, "lr")]:
         with refused(
@@ -750,18 +751,19 @@ def test_proportions_of_learning_rates_stay():
         {"lr": 0.5, "betas": (0.9, 0.999), "params": [0]},
         {"lr": 0.05, "betas": (0.9, 0.999), "params": [1, 2]},
     ]
-    state_dict = saved() | {"param_groups": groups}
+    state_dict, names = saved() | {"param_groups": groups}, dict(enumerate(NAMES))
     with refused(
         ValueError,
         "lr is 0.5 for fc.weight and 0.05 for fc.bias, and in tx 0.001 and 0.001",
         "learning_rate_multiplier",
     ):
-        moved(state_dict)
+        moved(state_dict, names=names)
     tenth = {"learning_rate_multiplier": 0.1}
-    moved(state_dict, aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(1e-3)))
+    moved(state_dict, aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(1e-3)), names=names)
     moved(
         state_dict,
         aj.by_path({"dense/bias|norm/.*": tenth}, aj.adam(optax.linear_schedule(1e-3, 0.0, 10))),
+        names=names,
     )
 
 
