@@ -28,10 +28,11 @@ from adam_jax.migrate.foreign_state import (
     same_leaves,
     trained,
 )
+from adam_jax.migrate.torch_layout import Layouts, warn_of_open
 from adam_jax.migrate.torch_names import (
-    Layouts,
     Names,
     Pair,
+    open_ways,
     options_of,
     pairs_of,
     sizes_by_name,
@@ -81,11 +82,14 @@ def from_torch(
         counts as "/", and a last part "weight" that is not in the tree is looked for as "kernel",
         "scale" and "embedding". `None` stands for what has no place in `params`.
       transpose: how arrays come to lie as in `params`, where that is not by rule: a table by
-        PyTorch's name, or a function (name, path) -> entry or `None`. An entry has the axes, as
-        `np.transpose` takes them, or a pair of functions, there and back, such as `after_flatten`.
-        The rule: in a leaf called "kernel" PyTorch's first two axes come last, (out, in, …) to (…,
-        in, out); all other leaves are as in PyTorch. It fits transposed convolutions of Flax with
-        `transpose_kernel=True`.
+        PyTorch's name, or by a regular expression of whole names, or a function (name, path) ->
+        entry or `None`. An entry has the axes, as `np.transpose` takes them; a pair of functions,
+        there and back, such as `after_flatten`; or a word. The rule: in a leaf called "kernel"
+        PyTorch's first two axes come last, (out, in, …) to (…, in, out); all other leaves are as in
+        PyTorch. It fits transposed convolutions of Flax with `transpose_kernel=True`. "kernel" and
+        "same" are the two halves of the rule, whatever the leaf is called, and "rule" itself says
+        that it is right. Where shapes would allow another layout and there is no entry, a
+        `LayoutWarning` lists the leaves.
       names: those of the parameters, where the state dict has no "param_names". With one group it
         is a list in the order of `model.named_parameters()`. With several groups it is a list for
         each group, in the optimizer's order. A table by PyTorch's numbers says it most plainly.
@@ -177,6 +181,7 @@ def from_torch(
                 its[pair.path] = jnp.array(
                     moment.astype(np.float32) if moment.dtype.kind in "biu" else moment
                 )
+    warn_of_open(open_ways([pairs[name] for name in of], leaves), caller)
     steps = steps_by_path(
         {pairs[name].path: entry.get("step") for name, entry in of.items()}, count, caller
     )
@@ -248,8 +253,10 @@ def to_torch(
 
     def entry(pair: Pair) -> dict[str, Any]:
         return also | {
-            fields[kind]: pair.back(np.asarray(its[pair.path])) for kind, its in run.moments.items()
+            fields[kind]: pair.way.back(np.asarray(its[pair.path]))
+            for kind, its in run.moments.items()
         }
 
+    warn_of_open(open_ways(pairs.values(), leaves), caller)
     found = {i: entry(pairs[name]) for i, name in called.items() if name in pairs}
     return {"state": found, "param_groups": groups}

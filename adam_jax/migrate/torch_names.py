@@ -11,15 +11,18 @@ import numpy as np
 
 from adam_jax._core.errors import brief, some
 from adam_jax._core.leaves import dtype_of
+from adam_jax.migrate.torch_layout import (
+    Layouts,
+    Way,
+    expect_patterns,
+    is_open,
+    unused_of,
+    way_of,
+    word_that_fits,
+)
 from adam_jax.migrate.torch_order import TAKE_THEM
 
-Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
-
-Layout: TypeAlias = tuple[int, ...] | tuple[Convert, Convert]
-
 Names: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None]
-
-Layouts: TypeAlias = Mapping[str, Layout] | Callable[[str, str], Layout | None]
 
 ALIASES = {
     "weight": ("kernel", "scale", "embedding"),
@@ -35,14 +38,12 @@ class Pair(NamedTuple):
     Attributes:
       name: PyTorch's.
       path: ours.
-      there: makes of PyTorch's array ours.
-      back: the inverse.
+      way: how its axes go there and back.
     """
 
     name: str
     path: str
-    there: Convert
-    back: Convert
+    way: Way
 
     def into(self, tensor: Any, leaf: Any, caller: str) -> np.ndarray:
         """PyTorch's array as ours lies."""
@@ -53,15 +54,17 @@ class Pair(NamedTuple):
                 "has."
             )
         try:
-            y = self.there(x)
+            y = self.way.there(x)
         except ValueError:
             y = None
         if y is None or y.shape != jnp.shape(leaf):
             made = "which cannot be transposed so" if y is None else f"transposed {y.shape}"
+            word = word_that_fits(x.shape, jnp.shape(leaf))
             raise ValueError(
                 f"{caller}: {self.name}: found the shape {x.shape}, {made}; expected "
                 f"{jnp.shape(leaf)}, of {self.path}. If the two are the same parameter, say how it "
-                f"has to be transposed: transpose={{{self.name!r}: axes}}.{_of_order(caller)}"
+                f"has to be transposed: transpose={{{self.name!r}: {repr(word) if word else 'axes'}"
+                f"}}.{_of_order(caller)}"
             )
         return y
 
@@ -128,9 +131,8 @@ def pairs_of(
     found: dict[str, Pair] = {}
     taken: dict[str, str] = {}
     _expect_rules(mapping, transpose, caller)
-    lost, unused = [], set(transpose) if isinstance(transpose, Mapping) else set()
+    names, lost = list(names), []
     for name in names:
-        unused -= {name}
         target = target_of(name, mapping, caller)
         path = target and next((path for path in options_of(target) if path in leaves), None)
         if path is None:
@@ -142,9 +144,8 @@ def pairs_of(
                 "expected one for each leaf."
             )
         taken[path] = name
-        found[name] = Pair(
-            name, path, *_layout(name, path, jnp.ndim(leaves[path]), transpose, caller)
-        )
+        way = way_of(name, path, jnp.ndim(leaves[path]), transpose, caller)
+        found[name] = Pair(name, path, way)
     missing = [path for path in leaves if path not in taken and path not in still]
     if lost or missing:
         says = [f"left over {some(lost)} of PyTorch"] if lost else []
@@ -157,13 +158,13 @@ def pairs_of(
     # elsewhere.
     unknown = [
         name
-        for name in sorted(unused)
+        for name in unused_of(transpose, names)
         if not {*options_of(target_of(name, mapping, caller) or "")} & still
     ]
     if unknown:
         raise ValueError(
             f"{caller}: found {some(unknown)} in transpose, which is no name of PyTorch's here; "
-            f"expected names such as {some(list(names))}."
+            f"expected names such as {some(names)}."
         )
     return found
 
@@ -177,6 +178,7 @@ def _expect_rules(mapping: Any, transpose: Any, caller: str) -> None:
                 f"{caller}: {what}: found {brief(rule)}; expected a table by PyTorch's names, or a "
                 "function."
             )
+    expect_patterns(transpose, "transpose", caller)
 
 
 def target_of(name: str, mapping: Names | None, caller: str) -> str | None:
@@ -201,31 +203,6 @@ def options_of(target: str) -> list[str]:
     return [head + slash + its for its in (last, *ALIASES.get(last, ()))]
 
 
-def _layout(
-    name: str, path: str, ndim: int, transpose: Layouts | None, caller: str
-) -> tuple[Convert, Convert]:
-    """The functions between PyTorch's array and ours."""
-    given = transpose(name, path) if callable(transpose) else (transpose or {}).get(name)
-    if isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given)):
-        there, back = given
-        return there, back  # type: ignore[return-value]
-    kernel = ndim >= 2 and path.rpartition("/")[2] == "kernel"
-    axes: Any = (
-        given if given is not None else (*range(2, ndim), 1, 0) if kernel else tuple(range(ndim))
-    )
-    if (
-        not isinstance(axes, (tuple, list))
-        or any(map(callable, axes))
-        or sorted(axes) != list(range(ndim))
-    ):
-        raise ValueError(
-            f"{caller}: transpose: found {given!r} for {name}; expected a permutation of the "
-            f"{ndim} axes, or a pair of functions, there and back, such as after_flatten(shape)."
-        )
-    inverse = np.argsort(axes).tolist()
-    return lambda x: x.transpose(axes), lambda x: x.transpose(inverse)
-
-
 def sizes_by_name(
     leaves: Mapping[str, Any], mapping: Names | None, caller: str
 ) -> Callable[[str], int | None]:
@@ -238,3 +215,12 @@ def sizes_by_name(
         )
 
     return size
+
+
+def open_ways(pairs: Iterable[Pair], leaves: Mapping[str, Any]) -> dict[str, Way]:
+    """Returns the ways of the leaves whose layout shapes do not tell, by path."""
+    return {
+        pair.path: pair.way
+        for pair in pairs
+        if is_open(pair.path, jnp.shape(leaves[pair.path]), pair.way)
+    }

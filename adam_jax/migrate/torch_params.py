@@ -5,7 +5,7 @@ Here is decided which parameter is which leaf, and how its axes lie there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ import numpy as np
 
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import by_its_path, path_of
-from adam_jax.migrate.torch_names import Convert, Layouts, Names, expect_table, pairs_of
+from adam_jax.migrate.torch_layout import Layouts, warn_of_open
+from adam_jax.migrate.torch_names import Names, expect_table, open_ways, pairs_of
 
 
 def params_from_torch(
@@ -47,13 +48,15 @@ def params_from_torch(
     expect_table(state_dict, caller)
     leaves = by_its_path(params)
     found: dict[str, np.ndarray] = {}
-    for name, pair in pairs_of(state_dict, leaves, mapping, transpose, caller, tied=True).items():
+    pairs = pairs_of(state_dict, leaves, mapping, transpose, caller, tied=True)
+    for name, pair in pairs.items():
         array = pair.into(state_dict[name], leaves[pair.path], caller)
         if not np.array_equal(found.setdefault(pair.path, array), array, equal_nan=True):
             raise ValueError(
                 f"{caller}: found that {name!r} and another name are both mapped to {pair.path}, "
                 "and differ; expected one for each leaf, or weights that are tied."
             )
+    warn_of_open(open_ways(pairs.values(), leaves), caller)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.array(found[path_of(path)], leaf.dtype), params
     )
@@ -88,57 +91,15 @@ def params_to_torch(
     expect_table(like, caller)
     leaves = by_its_path(params)
     found = dict(like)
-    for name, pair in pairs_of(like, leaves, mapping, transpose, caller, tied=True).items():
+    pairs = pairs_of(like, leaves, mapping, transpose, caller, tied=True)
+    for name, pair in pairs.items():
         pair.into(
             like[name], leaves[pair.path], caller
         )  # the same shapes, or an error that says which
         leaf = leaves[pair.path]
         # PyTorch takes no array in a dtype of ml_dtypes.
-        found[name] = pair.back(
+        found[name] = pair.way.back(
             np.asarray(leaf, np.float32) if leaf.dtype == jnp.bfloat16 else np.asarray(leaf)
         )
+    warn_of_open(open_ways(pairs.values(), leaves), caller)
     return found
-
-
-def after_flatten(shape: Sequence[int]) -> tuple[Convert, Convert]:
-    """The entry for `transpose` of a dense layer behind a flattened image.
-
-        transpose={"fc.weight": adam_jax.migrate.after_flatten((16, 4, 4))}
-
-    PyTorch flattens (channels, height, width) and Flax (height, width, channels): the same numbers
-    in another order, which the layer's rows have to follow. Without it the shapes agree, and the
-    outputs do not.
-
-    Args:
-      shape: what PyTorch flattens: the channels first, then one size for each axis of the image.
-
-    Returns:
-      A pair of functions: (out, channels·height·width) to (height·width·channels, out), and back.
-    """
-    if (
-        not isinstance(shape, (tuple, list))
-        or not shape
-        or not all(isinstance(n, int) and n > 0 for n in shape)
-    ):
-        raise ValueError(
-            f"after_flatten: found {shape!r}; expected the sizes that PyTorch flattens, such as "
-            "(16, 4, 4)."
-        )
-    channels, *sizes = shape
-    n = len(sizes)
-
-    def there(x: np.ndarray) -> np.ndarray:
-        return (
-            x.reshape(len(x), channels, *sizes)
-            .transpose(*range(2, n + 2), 1, 0)
-            .reshape(-1, len(x))
-        )
-
-    def back(x: np.ndarray) -> np.ndarray:
-        return (
-            x.reshape(*sizes, channels, x.shape[-1])
-            .transpose(n + 1, n, *range(n))
-            .reshape(x.shape[-1], -1)
-        )
-
-    return there, back

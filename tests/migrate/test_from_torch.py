@@ -810,7 +810,7 @@ MALFORMED = {
     "three": (
         {"transpose": {"fc.weight": (abs, abs, abs)}},
         ValueError,
-        "expected a permutation of the 2 axes, or a pair of",
+        "expected a permutation of the 2 axes, one of 'same', 'kernel', 'rule', or a pair of",
     ),
 }
 
