@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import GetAttrKey
 
 from adam_jax._core.errors import some
 from adam_jax._core.leaves import PyTree, takes_part
 from adam_jax._core.paths import RAW, path_of
-from adam_jax._core.settings import set_settable
+from adam_jax._core.settings import hyperparameters, set_settable
 from adam_jax._core.transformation import abstract_state
 from adam_jax.migrate.counted import whole
 from adam_jax.migrate.foreign_state import (
@@ -27,6 +26,7 @@ from adam_jax.migrate.foreign_state import (
     same_leaves,
     trained,
 )
+from adam_jax.migrate.injected import expect_recorded, merged, records, value_to_record
 from adam_jax.migrate.kinds import kind_of
 
 MOMENTS: dict[str, dict[str, str]] = {
@@ -102,7 +102,8 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     Raises:
       TypeError: if `tx` is no transformation.
       ValueError: where moments are missing or left over, there are two of a kind, counts differ or
-        there is none.
+        there is none; where `optax.inject_hyperparams` recorded another value than `tx` has. A
+        learning rate may differ, and a settable hyperparameter becomes what was recorded.
     """
     caller = "from_optax"
     nodes, schedules, others = _split(state)
@@ -116,7 +117,7 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
             "with such a state as its target, so that it comes back with its classes."
         )
     same_kinds(ours, _places(found), caller, "the state")
-    _expect_decays(state, decays(tx, first, caller), caller)
+    recorded = list(records(state, _paths_in))
     if others:
         raise ValueError(
             f"{caller}: left over {some(others)}, which no member of adam_jax has. Give the part "
@@ -144,9 +145,10 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
             f"{caller}: found count={count}, and {known} in the state; expected none where the "
             "state has one."
         )
+    expect_recorded(recorded, tx, params, decays(tx, first, caller), known, caller)
     trees = {kind: all_leaves(its) for kind, its in found.items()}
     made = fill(tx, params, ForeignState(known, known if steps is None else steps, trees), caller)
-    return set_settable(made, tx, _injected(state))
+    return set_settable(made, tx, merged(recorded))
 
 
 def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
@@ -157,8 +159,9 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
     Args:
       state: that of `tx`.
       tx: the transformation of this package that the run had.
-      like: a state of the Optax optimizer that goes on, to be filled: its moments and its counts
-        become those of the run, in its dtypes; what it has besides stays.
+      like: a state of the Optax optimizer that goes on, to be filled: its moments, its counts and
+        what `optax.inject_hyperparams` recorded become those of the run, in its dtypes; what it
+        has besides stays.
 
     Returns:
       A state of the structure and dtypes of `like`.
@@ -174,10 +177,13 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
     same_kinds(run.moments, _places(found), caller, "like")
     for kind, its in found.items():
         same_leaves(run.moments[kind], all_leaves(its), f"{caller}: like")
+    used = hyperparameters(state, tx)
     kinds = {moment.place: kind for kind, its in found.items() for moment in its}
 
     def fit(path: Any, node: Any) -> Any:
         place, name = jax.tree_util.keystr(path), type(node).__name__
+        if (value := value_to_record(path, used)) is not None:
+            return jnp.asarray(value, node.dtype)
         if not _has_moments(node):
             return jnp.asarray(run.step, node.dtype) if _is_count(path) else node
         trees = {
@@ -256,36 +262,11 @@ def _agreed(counts: dict[str, Any], caller: str) -> int | None:
     return next(iter(numbers.values()), None)
 
 
-def _injected(state: Any) -> dict[str, Any]:
-    """The hyperparameters that `optax.inject_hyperparams` keeps."""
-
-    def keeps(node: Any) -> bool:
-        return isinstance(getattr(node, "hyperparams", None), dict)
-
-    nodes = filter(keeps, jax.tree.leaves(state, is_leaf=keeps))
-    return {name: value for node in nodes for name, value in node.hyperparams.items()}
-
-
-def _expect_decays(state: Any, ours: Mapping[str, Mapping[str, Any]], caller: str) -> None:
-    """Refuses decays that are not those of `tx`, where `optax.inject_hyperparams` keeps them."""
-    injected = _injected(state)
-    if injected:
-        for name, kind in [
-            ("b1", "mu"),
-            ("b2", "nu"),
-            ("b2", "infinity"),
-            ("b2", "belief"),
-            ("momentum", "trace"),
-        ]:
-            theirs, its = injected.get(name), {*ours.get(kind, {}).values()}
-            if theirs is None or len(its) != 1 or not isinstance(value := its.pop(), (int, float)):
-                continue
-            if not np.isclose(float(theirs), value, rtol=1e-6, atol=0):
-                raise ValueError(
-                    f"{caller}: found {name}={float(theirs):g} in inject_hyperparams, and {value} "
-                    "in tx; expected the same. Move with Optax's, and change it with "
-                    "convert_state."
-                )
+def _paths_in(state: Any) -> Iterator[str]:
+    """The leaves whose moments are in a part of a state."""
+    for node in _split(state)[0]:
+        for field in MOMENTS[type(node.state).__name__]:
+            yield from Moment(node, field).leaves
 
 
 def _fitted(moment: Mapping[str, Any], like: PyTree) -> PyTree:

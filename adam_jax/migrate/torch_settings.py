@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from adam_jax._core.chain import chain
 from adam_jax._core.leaves import PyTree
-from adam_jax._core.transformation import Transformation
 from adam_jax.diagnostics.description import Leaf, describe
-from adam_jax.migrate.foreign_state import trained
+from adam_jax.migrate.configured import settings_by_path
 from adam_jax.migrate.torch_names import Pair
-from adam_jax.wrappers.groups import only
 
 SETTINGS = (
     "eps",
@@ -57,7 +54,7 @@ def expect_decays(groups: Groups, ours: Mapping[str, Mapping[str, Any]], caller:
 
 def expect_settings(groups: Groups, tx: Any, params: PyTree, caller: str) -> None:
     """Refuses what else makes steps others than those of `tx`; a learning rate may change."""
-    settings = dict(_settings(tx, params))
+    settings = dict(settings_by_path(tx, params))
     leaves = {leaf.path: leaf for leaf in describe(tx, params).leaves}
     _expect_rates(groups, leaves, caller)
     for group, pairs in groups:
@@ -137,24 +134,3 @@ def _differ(theirs: Any, ours: Any) -> bool:
     """Whether two settings are numbers, and not the same."""
     both = all(isinstance(value, (bool, int, float)) for value in (theirs, ours))
     return both and not math.isclose(theirs, ours, rel_tol=1e-6)
-
-
-def _settings(tx: Any, params: PyTree) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the members in a transformation have been told, for each leaf's path."""
-    if not isinstance(tx, Transformation):
-        return
-    spec = tx.init.spec
-    config = spec.config
-    found: dict[str, dict[str, Any]] = {path: {} for path in trained(params)}
-    if spec.split is not None:
-        its = spec.split(params)
-        inside = [(part, only(name, its, params)) for name, part in spec.inner.items()]
-    else:
-        inside = [
-            (part, params)
-            for part in (spec.inner.values() or (spec.stages if spec.constructor is chain else ()))
-        ]
-    for part, theirs in inside:
-        for path, its_own in _settings(part, theirs):
-            found[path] = its_own | found[path]
-    yield from found.items() if inside else ((path, config) for path in found)

@@ -451,6 +451,74 @@ def test_decays_that_a_state_keeps_are_those_of_tx():
         aj.migrate.from_optax(state, aj.adam(1e-2), LARGE)
 
 
+INJECTED = {
+    "eps": ((optax.adam, {"eps": 1e-4}), aj.adam(1e-2), aj.adam(1e-2, eps=1e-4)),
+    "eps_root": ((optax.adam, {"eps_root": 1e-6}), aj.adam(1e-2), aj.adam(1e-2, eps_root=1e-6)),
+    "weight_decay": (
+        (optax.adamw, {"weight_decay": 0.1}),
+        aj.adamw(1e-2, weight_decay=0.01),
+        aj.adamw(1e-2, weight_decay=0.1, mask={"w": True}),
+    ),
+    "weight_decay of 0": (
+        (optax.adamw, {"weight_decay": 0.0}),
+        aj.adamw(1e-2, weight_decay=0.1),
+        aj.adamw(1e-2, weight_decay=0.0),
+    ),
+    "a schedule": (
+        (optax.adamw, {"weight_decay": optax.linear_schedule(0.1, 0.0, 10)}),
+        aj.adamw(1e-2, weight_decay=optax.linear_schedule(0.2, 0.0, 10)),
+        aj.adamw(1e-2, weight_decay=optax.linear_schedule(0.1, 0.0, 10)),
+    ),
+    "momentum": ((optax.sgd, {"momentum": 0.8}), aj.momentum(1e-2), aj.momentum(1e-2, 0.8)),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("case", INJECTED)
+def test_what_inject_hyperparams_recorded_is_that_of_tx(case):
+    """A10: another weight decay or ε than that of the run was accepted."""
+    (make, values), wrong, right = INJECTED[case]
+    params = {"w": jnp.ones((2, 3))}
+    theirs = optax.inject_hyperparams(make)(0.5, **values)
+    state = theirs.init(params)
+    for _ in range(3):
+        _, state = theirs.update(params, state, params)
+    moved = aj.migrate.from_optax(state, right, params)  # another learning rate is no matter
+    name = case.split()[0] if case != "a schedule" else "weight_decay"
+    with refused(ValueError, f"found {name}=", "in inject_hyperparams", "for w", "convert_state"):
+        aj.migrate.from_optax(state, wrong, params)
+    # B12: the way back writes down what the last step of ours used.
+    back = aj.migrate.to_optax(moved, right, theirs.init(params))
+    np.testing.assert_allclose(back.hyperparams["learning_rate"], 1e-2, rtol=1e-6)
+    for value in values:
+        np.testing.assert_allclose(back.hyperparams[value], state.hyperparams[value], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_inject_hyperparams_recorded_in_groups_and_under_other_names():
+    """A10: each record is compared where its moments are; what cannot be compared is told."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    inject = optax.inject_hyperparams(optax.adamw)
+    theirs = optax.partition(
+        {"a": inject(0.1, weight_decay=0.1), "b": inject(0.2, weight_decay=0.3)},
+        {"a": "a", "b": "b"},
+    )
+    state, adam = theirs.init(params), aj.adamw(0.1, weight_decay=0.3)
+    aj.migrate.from_optax(state, aj.by_path({"a": {"weight_decay": 0.1}}, adam), params)
+    with refused(ValueError, "found weight_decay=0.3", "and 0.1 in tx, for b"):
+        aj.migrate.from_optax(state, aj.adamw(0.1, weight_decay=0.1), params)
+    tx = aj.by_path({"a": {"weight_decay": 0.1}}, aj.adamw(aj.settable(0.1), weight_decay=0.3))
+    with refused(ValueError, "learning_rate=0.1 and 0.2 in two", "set_hyperparameters"):
+        aj.migrate.from_optax(state, tx, params)
+
+    def own(rate, wd):
+        return optax.adamw(rate, weight_decay=wd)
+
+    state = optax.inject_hyperparams(own)(rate=0.1, wd=0.3).init(params)
+    with pytest.warns(UserWarning, match=r"recorded rate=0.1, wd=0.3, which tx has no argument"):
+        aj.migrate.from_optax(state, adam, params)
+
+
 @pytest.mark.parametrize("count", [-1, 1.5, True, "x", 10**10, np.nan])
 def test_counts_that_are_none_are_refused(count):
     state = optax.rmsprop(1e-3).init(LARGE)
