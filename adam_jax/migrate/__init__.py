@@ -8,7 +8,7 @@ from adam_jax.migrate.optax import from_optax, to_optax
 from adam_jax.migrate.report import Converted, Entry
 from adam_jax.migrate.restart import reset
 from adam_jax.migrate.torch import from_torch, to_torch
-from adam_jax.migrate.torch_layout import LayoutWarning, after_flatten
+from adam_jax.migrate.torch_layout import LayoutWarning, after_flatten, as_real
 from adam_jax.migrate.torch_params import params_from_torch, params_to_torch
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Entry",
     "LayoutWarning",
     "after_flatten",
+    "as_real",
     "convert_state",
     "from_optax",
     "from_torch",

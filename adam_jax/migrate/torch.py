@@ -32,6 +32,7 @@ from adam_jax.migrate.torch_layout import Layouts, warn_of_open
 from adam_jax.migrate.torch_names import (
     Names,
     Pair,
+    expect_real,
     open_ways,
     options_of,
     pairs_of,
@@ -143,6 +144,7 @@ def from_torch(
             f"{caller}: left over {some(unknown)} in the state; expected {some(list(kinds))}."
         )
     same_kinds(ours, {kinds[field]: field for field in fields}, caller, "the state dict")
+    expect_real(leaves, [kinds[field] for field in fields], caller)
     if ("mu_product" in kept) != any(map(ahead_field, parts)):
         has = (
             "has the mu_product of NAdam, and tx does not look"
@@ -231,6 +233,7 @@ def to_torch(
         "the optimizer",
     )
     leaves, *others = run.moments.values()
+    expect_real(leaves, run.moments, caller)
     for its in others:
         same_leaves(its, leaves, caller)
     frozen = [spec.freezes for spec in all_specs(tx) if spec.freezes is not None]

@@ -232,3 +232,30 @@ def after_flatten(shape: Sequence[int]) -> tuple[Convert, Convert]:
         )
 
     return there, back
+
+
+def as_real(axes: Sequence[int] | None = None) -> tuple[Convert, Convert]:
+    """The entry for `transpose` of a complex parameter whose leaf holds both parts.
+
+        transpose={"w": adam_jax.migrate.as_real()}
+
+    PyTorch's optimizers look at complex parameters through `torch.view_as_real`: each part has its
+    own ν. A real leaf with a last axis of 2 has that too, and nothing is lost.
+
+    Args:
+      axes: how the axes of PyTorch's array come to lie, as `np.transpose` takes them; as they are
+        by default. The axis of the parts stays last.
+
+    Returns:
+      A pair of functions: complex (…) to real (…, 2), and back.
+    """
+
+    def there(x: np.ndarray) -> np.ndarray:
+        moved = x if axes is None else x.transpose(axes)
+        return np.stack([moved.real, moved.imag], axis=-1)
+
+    def back(x: np.ndarray) -> np.ndarray:
+        both = x[..., 0] + np.asarray(1j, np.result_type(x.dtype, np.complex64)) * x[..., 1]
+        return np.asarray(both if axes is None else both.transpose(np.argsort(axes)))
+
+    return there, back

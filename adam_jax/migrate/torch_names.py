@@ -48,11 +48,6 @@ class Pair(NamedTuple):
     def into(self, tensor: Any, leaf: Any, caller: str) -> np.ndarray:
         """PyTorch's array as ours lies."""
         x = number_array(tensor, self.name, caller)
-        if x.dtype.kind == "c" and not jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
-            raise ValueError(
-                f"{caller}: {self.name}: found {x.dtype}; expected real numbers, as {self.path} "
-                "has."
-            )
         try:
             y = self.way.there(x)
         except ValueError:
@@ -65,6 +60,12 @@ class Pair(NamedTuple):
                 f"{jnp.shape(leaf)}, of {self.path}. If the two are the same parameter, say how it "
                 f"has to be transposed: transpose={{{self.name!r}: {repr(word) if word else 'axes'}"
                 f"}}.{_of_order(caller)}"
+            )
+        if y.dtype.kind == "c" and not jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"{caller}: {self.name}: found {x.dtype}; expected real numbers, as {self.path} "
+                "has. A real leaf of shape (…, 2) takes both parts: "
+                f"transpose={{{self.name!r}: as_real()}}."
             )
         return y
 
@@ -224,3 +225,17 @@ def open_ways(pairs: Iterable[Pair], leaves: Mapping[str, Any]) -> dict[str, Way
         for pair in pairs
         if is_open(pair.path, jnp.shape(leaves[pair.path]), pair.way)
     }
+
+
+def expect_real(leaves: Mapping[str, Any], kinds: Iterable[str], caller: str) -> None:
+    """Refuses complex leaves that have a ν, of which PyTorch has two and ours one."""
+    kinds = [kind for kind in kinds if kind not in ("mu", "trace")]
+    complex_leaves = [
+        path for path, leaf in leaves.items() if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating)
+    ]
+    if kinds and complex_leaves:
+        raise ValueError(
+            f"{caller}: found complex leaves at {some(complex_leaves)}; expected real ones, "
+            "because PyTorch gives each part of a complex number its own ν, and ours one to both. "
+            "Let the leaves be real, of shape (…, 2), and say transpose={name: as_real()}."
+        )

@@ -3,7 +3,8 @@
 Ε as in Algorithm 1, and `weight_decay` in the gradient except where its name says not.
 
 `maximize` negates the gradient as it comes in. (`cautious()` behind it judges by the one before
-that; negate in front instead.) Not here: SGD's `dampening`, whose mean starts at the first
+that; negate in front instead.) Complex leaves are refused but by `sgd`, whose steps are linear:
+PyTorch gives each of their parts a ν. Not here: SGD's `dampening`, whose mean starts at the first
 gradient, and what chooses how to compute and not what.
 """
 
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from adam_jax import family
 from adam_jax._core.chain import chain
 from adam_jax._core.context import Context
 from adam_jax._core.decorators import recipe, stage, stateless
 from adam_jax._core.hyperparams import ScalarOrSchedule as Number
-from adam_jax._core.leaves import PyTree, as_wide
+from adam_jax._core.leaves import PyTree, as_wide, dtype_of
 from adam_jax._core.lift import lift
+from adam_jax._core.paths import path_of
 from adam_jax._core.spec import Init, Update
 from adam_jax._core.transformation import Transformation
 from adam_jax.presets._parts import (
@@ -49,6 +54,35 @@ def negate() -> tuple[Init, Update]:
     return stateless, update
 
 
+@stage(takes="updates", gives="same")
+def expect_real() -> tuple[Init, Update]:
+    """Refuses complex leaves, of which PyTorch gives the real and the imaginary part a ν each.
+
+    Ours have one ν, the mean of |g|², so a step would be another one than PyTorch's.
+    """
+
+    def check(tree: Any) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
+                raise TypeError(
+                    f"presets.torch: found {dtype_of(leaf)} at {path_of(path) or 'the only leaf'}; "
+                    "expected real leaves, because PyTorch gives each part of a complex number its "
+                    "own ν. Keep the parts as a real leaf of shape (…, 2), as torch.view_as_real "
+                    "makes it, and use lax.complex(w[..., 0], w[..., 1]) in the model; "
+                    "migrate.as_real() moves it. Or take adam_jax.adam, which has one ν for both."
+                )
+
+    def init(params: PyTree) -> Any:
+        check(params)
+        return stateless(params)
+
+    def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[PyTree, Any]:
+        check(updates)
+        return updates, state
+
+    return init, update
+
+
 def _pair(betas: Any) -> Betas:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(
@@ -59,11 +93,21 @@ def _pair(betas: Any) -> Betas:
 
 
 def _chain(
-    direction: Stages, lr: Number, weight_decay: Number, decoupled: bool, maximize: bool
+    direction: Stages,
+    lr: Number,
+    weight_decay: Number,
+    decoupled: bool,
+    maximize: bool,
+    linear: bool = False,
 ) -> Transformation:
     before, after = ((), decays(weight_decay)) if decoupled else (decays(weight_decay), ())
     return chain(
-        *((negate(),) if maximize else ()), *before, *direction, *after, scale_by_learning_rate(lr)
+        *((negate(),) if maximize else ()),
+        *before,
+        *direction,
+        *after,
+        scale_by_learning_rate(lr),
+        *(() if linear else (expect_real(),)),  # last, so that places in the state stay
     )
 
 
@@ -203,4 +247,5 @@ def sgd(
     if nesterov and is_zero(momentum):
         raise ValueError(f"sgd: found nesterov=True with momentum={momentum!r}; expected a "
                          "momentum above 0 to look ahead by.")
-    return _chain(accumulates(momentum, storage, nesterov), lr, weight_decay, False, maximize)
+    direction = accumulates(momentum, storage, nesterov)
+    return _chain(direction, lr, weight_decay, False, maximize, linear=True)

@@ -131,3 +131,37 @@ def test_words_and_patterns_that_are_none_are_refused():
         load(SQUARE, "kernel", transpose={"*": "rule"})
     with refused(ValueError, "found y.* in transpose, which is no name"):
         load(SQUARE, "kernel", transpose={"y.*": "rule", ".*": "rule"})
+
+
+@pytest.mark.parametrize("axes", [None, (1, 0)])
+def test_complex_parameters_move_as_their_two_parts(axes):
+    """A7: the imaginary part of `exp_avg_sq` was dropped, and one ν served both parts."""
+    rng = np.random.default_rng(0)
+    draw = lambda: (rng.standard_normal((2, 3)) + 1j * rng.standard_normal((2, 3))).astype("c8")
+    weight, mu, nu = draw(), draw(), draw()
+    nu = (nu.real**2 + 1j * nu.imag**2).astype("c8")  # as PyTorch keeps it
+    shape = (*(2, 3)[:: -1 if axes else 1], 2)
+    like, tx = {"w": jnp.zeros(shape)}, aj.presets.torch.adam(1e-3)
+    rules = {"transpose": {"w": aj.migrate.as_real(axes)}}
+    entry = {"step": np.float32(3), "exp_avg": mu, "exp_avg_sq": nu}
+    adams = {"state": {0: entry}, "param_groups": [{"betas": (0.9, 0.999), "params": [0]}]}
+    params = aj.migrate.params_from_torch({"w": weight}, like, **rules)
+    state = aj.migrate.from_torch(adams, tx, params, names=["w"], **rules)
+    ours = nu.T if axes else nu
+    np.testing.assert_array_equal(state[0].nu["w"], np.stack([ours.real, ours.imag], -1))
+    back = aj.migrate.params_to_torch(params, {"w": weight}, **rules)["w"]
+    assert back.dtype == np.complex64
+    np.testing.assert_array_equal(back, weight)
+    back = aj.migrate.to_torch(state, tx, adams, names=["w"], **rules)["state"][0]
+    np.testing.assert_array_equal(back["exp_avg"], mu)
+    np.testing.assert_array_equal(back["exp_avg_sq"], nu)
+
+    with refused(ValueError, "w: found complex64; expected real", "'w': as_real()"):
+        aj.migrate.params_from_torch({"w": weight}, {"w": jnp.zeros((2, 3))})
+    for kind in ("from_torch", "to_torch"):
+        params, tx = {"w": jnp.zeros((2, 3), jnp.complex64)}, aj.adam(1e-3)
+        with refused(ValueError, kind, "complex leaves at w", "as_real()"):
+            if kind == "from_torch":
+                aj.migrate.from_torch(adams, tx, params, names=["w"])
+            else:
+                aj.migrate.to_torch(tx.init(params), tx, adams, names=["w"])

@@ -532,3 +532,25 @@ def test_correct_last_after_a_reset_of_one_leaf():
     again, _ = tx.update(grads, aj.reset(state, tx, match="young"), params)
     np.testing.assert_allclose(again["young"], -(0.001**0.5) / (0.001**0.5 + 1), rtol=2e-6)
     assert (again["old"] < first["old"]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in presets.torch.__all__ if name != "sgd"])
+def test_complex_leaves_of_torch_are_refused(name):
+    """A7: PyTorch gives each part its own ν; a step of ours was another one, without a word."""
+    tx = getattr(presets.torch, name)(0.1)
+    with pytest.raises(TypeError, match="found complex64 at w; expected real leaves.*as_real"):
+        tx.init({"w": jnp.ones(1, jnp.complex64)})
+    nested = aj.chain(optax.clip(1.0), tx)
+    with pytest.raises(TypeError, match="complex64"):
+        nested.init({"w": jnp.ones(1, jnp.complex64)})
+
+
+def test_the_two_parts_step_as_in_torch_and_sgd_takes_complex_leaves():
+    """A7: `torch.optim.Adam([1+1j], lr=.1)` with gradient 1+.01j steps by −0.1−0.1j."""
+    parts = {"w": jnp.array([[1.0, 1.0]])}
+    tx = presets.torch.adam(0.1)
+    updates, _ = tx.update({"w": jnp.array([[1.0, 0.01]])}, tx.init(parts), parts)
+    np.testing.assert_allclose(updates["w"], [[-0.1, -0.1]], rtol=1e-5)
+    params, tx = {"w": jnp.ones(1, jnp.complex64)}, presets.torch.sgd(0.1, 0.9)
+    updates, _ = tx.update({"w": jnp.array([1 + 0.01j], "c8")}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1 - 0.001j], rtol=1e-5)
