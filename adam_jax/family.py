@@ -22,6 +22,7 @@ from adam_jax._core.chain import chain
 from adam_jax._core.decorators import recipe
 from adam_jax._core.errors import expect_one_of
 from adam_jax._core.hyperparams import ScalarOrSchedule as Number
+from adam_jax._core.layers import LayerAxes
 from adam_jax._core.transformation import Transformation
 from adam_jax.stages.bias import correct_bias, look_ahead, rectify
 from adam_jax.stages.blocks import Blocks
@@ -117,6 +118,7 @@ def adamw(
     decay: Literal["lr", "independent", "l2"] = "lr",
     nu_dtype: Any = None,
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """Adam with weight decay that does not pass through the moments.
 
@@ -126,8 +128,9 @@ def adamw(
         g ← g + weight_decay·params, then as adam                                decay="l2"
 
     `decay="independent"` is the paper's: a learning rate twice as large decays no faster, while the
-    schedule's course, its value relative to its peak, counts for both. `mask="matrices"` decays
-    only leaves of two or more dimensions.
+    schedule's course, its value relative to its peak, counts for both. `mask="matrices"` spares
+    biases, the scales of norms, and leaves with fewer than two axes; `layer_axes` says which axes
+    count layers. Both are explained at `add_decayed_weights`.
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019), Algorithm 2.
 
@@ -144,9 +147,13 @@ def adamw(
     )
     if decay == "independent":
         return chain(
-            *direction, last, add_decayed_weights(weight_decay, mask, learning_rate=learning_rate)
+            *direction,
+            last,
+            add_decayed_weights(
+                weight_decay, mask, learning_rate=learning_rate, layer_axes=layer_axes
+            ),
         )
-    decayed = add_decayed_weights(weight_decay, mask)
+    decayed = add_decayed_weights(weight_decay, mask, layer_axes=layer_axes)
     return chain(decayed, *direction, last) if decay == "l2" else chain(*direction, decayed, last)
 
 
@@ -189,6 +196,7 @@ def adamaxw(
     mask: Mask | None = None,
     *,
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """AdaMax with decoupled weight decay.
 
@@ -200,7 +208,7 @@ def adamaxw(
     Elsewhere: Optax has the same; PyTorch's Adamax puts weight_decay into the gradient.
     """
     *direction, last = adamax(learning_rate, b1, b2, eps, storage=storage).stages
-    return chain(*direction, add_decayed_weights(weight_decay, mask), last)
+    return chain(*direction, add_decayed_weights(weight_decay, mask, layer_axes=layer_axes), last)
 
 
 @recipe(rate="learning_rate")
@@ -292,6 +300,7 @@ def nadamw(
     decay: Literal["lr", "independent", "l2"] = "lr",
     nu_dtype: Any = None,
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """Nadam with decoupled weight decay: `adamw` with `nesterov=True`.
 
@@ -314,6 +323,7 @@ def nadamw(
         decay=decay,
         nu_dtype=nu_dtype,
         storage=storage,
+        layer_axes=layer_axes,
     )
 
 
@@ -423,6 +433,7 @@ def lamb(
     mask: Mask | None = None,
     *,
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """Adam for large batches: each leaf's step has the length of its parameter.
 
@@ -439,7 +450,7 @@ def lamb(
         track_moments(b1, b2, storage=storage),
         correct_bias(),
         scale_by_moments(eps, eps_root),
-        add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask, layer_axes=layer_axes),
         scale_by_trust_ratio(),
         scale_by_learning_rate(learning_rate),
     )
@@ -610,6 +621,7 @@ def ademamix(
     *,
     nu_dtype: Any = None,
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """Adam with a second first moment that remembers ten thousand steps.
 
@@ -630,7 +642,7 @@ def ademamix(
         correct_bias(),
         mix_slow_mean(b3, alpha, mu_dtype=mu_dtype, storage=storage),
         scale_by_moments(eps, eps_root),
-        add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask, layer_axes=layer_axes),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -646,6 +658,7 @@ def adam_mini(
     *,
     blocks: Blocks = "output",
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """Adam with one ν for a whole block of a leaf: a second moment that takes next to no memory.
 
@@ -665,7 +678,7 @@ def adam_mini(
         track_moments(b1, b2, blocks=blocks, storage=storage),
         correct_bias(),
         scale_by_moments(eps),
-        add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask, layer_axes=layer_axes),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -681,6 +694,7 @@ def adam_atan2(
     a: float = 1.0,
     b: float = 1.0,
     storage: Storage = "float32",
+    layer_axes: LayerAxes | None = None,
 ) -> Transformation:
     """Adam without ε: the quotient is an angle, and the same at any scale of the gradients.
 
@@ -696,6 +710,6 @@ def adam_atan2(
         track_moments(b1, b2, storage=storage),
         correct_bias(),
         scale_by_atan2(a=a, b=b),
-        add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask, layer_axes=layer_axes),
         scale_by_learning_rate(learning_rate),
     )

@@ -59,6 +59,8 @@ class Definition(NamedTuple):
       corrects: the moments, "mu" or "nu", that it divides by their weights.
       decays: of a stage of weight decay, a function of the parameters that returns a tree of
         booleans: which leaves decay, at the rate that is its first hyperparameter.
+      decay_reasons: of a stage of weight decay, a function of the parameters that returns why each
+        leaf decays or does not, in order, for `describe`.
     """
 
     init: Init
@@ -71,6 +73,7 @@ class Definition(NamedTuple):
     trees: Mapping[str, str] = {}
     corrects: tuple[str, ...] = ()
     decays: Callable[[PyTree], PyTree] | None = None
+    decay_reasons: Callable[[PyTree], list[str]] | None = None
 
 
 class Spec:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from adam_jax._core.configuration import scalar_fields
-from adam_jax._core.errors import brief
+from adam_jax._core.errors import brief, some
 from adam_jax._core.hyperparams import Multiplied, Settable
 from adam_jax._core.leaves import PyTree, dtype_of, takes_part
 from adam_jax._core.paths import Parameters, is_scale, owner, paths
@@ -39,6 +39,8 @@ class Leaf(NamedTuple):
       rate: its learning rate, a number, "schedule", "schedule × 0.1" or "traced"; "unknown" behind
         a whole optimizer of others.
       decay: its weight decay, likewise; 0 for none.
+      why: what that follows from: "called 'bias'", "no mask". It begins with "unsure" where
+        `mask="matrices"` does not know what the leaf is; "" where no stage decays.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Leaf(NamedTuple):
     bytes: int
     rate: float | str
     decay: float | str
+    why: str = ""
 
 
 class Description(NamedTuple):
@@ -79,8 +82,8 @@ class Description(NamedTuple):
 
     def __str__(self) -> str:
         groups = [f"{name}: {' → '.join(stages)}" for name, stages in self._groups()]
-        table = plain_table(HEADS, self._rows(), NUMBERS)
-        return "\n\n".join(["\n".join(groups), table, str(self.totals)])
+        table = plain_table(self._heads(), self._rows(), NUMBERS)
+        return "\n\n".join(["\n".join(groups), table, *self._doubts(), str(self.totals)])
 
     def __rich__(self) -> Any:
         """The same, drawn by rich."""
@@ -91,7 +94,22 @@ class Description(NamedTuple):
             Text.assemble((name, "bold"), ": ", " → ".join(stages))
             for name, stages in self._groups()
         ]
-        return Group(*heads, rich_table(HEADS, self._rows(), NUMBERS), Text(str(self.totals)))
+        table = rich_table(self._heads(), self._rows(), NUMBERS)
+        return Group(*heads, table, *map(Text, self._doubts()), Text(str(self.totals)))
+
+    def _heads(self) -> tuple[str, ...]:
+        """The columns. Without a mask there is nothing to explain."""
+        explained = {leaf.why for leaf in self.leaves} - {"", NO_MASK, NO_DECAY, NOT_TRAINED}
+        return (*HEADS, "why") if explained else HEADS
+
+    def _doubts(self) -> list[str]:
+        unsure = [leaf.path for leaf in self.leaves if leaf.why.startswith("unsure")]
+        if not unsure:
+            return []
+        return [
+            f'mask="matrices" is unsure of {some(unsure)}. No name says whether it is a matrix, '
+            "and two axes can be those of stacked biases. Give layer_axes, or a mask of booleans."
+        ]
 
     def _groups(self) -> list[tuple[str, tuple[str, ...]]]:
         return list({leaf.group: leaf.stages for leaf in self.leaves}.items())
@@ -113,12 +131,15 @@ class Description(NamedTuple):
                     value if isinstance(value, str) else f"{value:g}"
                     for value in (leaf.rate, leaf.decay)
                 ),
-            )
+                leaf.why,
+            )[: len(self._heads())]
             for leaf in self.leaves
         ]
 
 
 HEADS = ("path", "shape", "dtype", "group", "state", "bytes", "rate", "decay")
+
+NO_MASK, NO_DECAY, NOT_TRAINED = "no mask", "weight_decay is 0", "not trained"
 
 NUMBERS = ("bytes", "rate", "decay")
 
@@ -173,6 +194,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                 bytes=sum(map(bytes_of, [leaf, *arrays.values()])) + scales[keys],
                 rate=0.0 if not takes_part(leaf) else its.rate if its.known else "unknown",
                 decay=0.0 if not takes_part(leaf) else its.decay if its.known else "unknown",
+                why=NOT_TRAINED if not takes_part(leaf) else its.why,
             )
         )
     return Description(tuple(leaves), state_bytes(tx, params), _labels(tx))
@@ -199,11 +221,17 @@ class _Met(NamedTuple):
     rate: float | str = 0.0
     decay: float | str = 0.0
     known: bool = False
+    why: str = ""
 
     def then(self, later: _Met) -> _Met:
-        group = self.group if later.group == DEFAULT else later.group
-        stages, known = self.stages + later.stages, self.known or later.known
-        return _Met(group, stages, later.rate or self.rate, later.decay or self.decay, known)
+        return _Met(
+            group=self.group if later.group == DEFAULT else later.group,
+            stages=self.stages + later.stages,
+            rate=later.rate or self.rate,
+            decay=later.decay or self.decay,
+            known=self.known or later.known,
+            why=later.why or self.why,
+        )
 
 
 def _met(tx: Any, params: PyTree) -> dict[str, _Met]:
@@ -235,12 +263,16 @@ def _met(tx: Any, params: PyTree) -> dict[str, _Met]:
         if definition.decays is None
         else jax.tree.leaves(definition.decays(params))
     )
-    for path, decays in zip(found, mask, strict=True):
+    reasons = (
+        [""] * len(found) if definition.decay_reasons is None else definition.decay_reasons(params)
+    )
+    for path, decays, why in zip(found, mask, reasons, strict=True):
         found[path] = _Met(
             stages=(spec.constructor.__name__,),
             rate=rate,
             decay=first if decays else 0.0,
             known=True,
+            why=NO_DECAY if decays and first == 0.0 else why,
         )
     for part in spec.inner.values():
         found = {path: found[path].then(met) for path, met in _met(part, params).items()}

@@ -1,5 +1,6 @@
 """The stages that optimizers are made of, in the order in which updates meet them."""
 
+from adam_jax._core.layers import flax_layer_axes
 from adam_jax.stages.averaging import average_parameters, averaged_parameters
 from adam_jax.stages.bias import correct_bias, look_ahead, rectify
 from adam_jax.stages.caution import cautious
@@ -37,4 +38,5 @@ __all__ = [
     "clip_update_rms",
     "average_parameters",
     "averaged_parameters",
+    "flax_layer_axes",
 ]

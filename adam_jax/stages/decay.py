@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -23,9 +22,11 @@ from adam_jax._core.hyperparams import (
     increment,
     peak,
 )
+from adam_jax._core.layers import LayerAxes, expect_layer_axes
 from adam_jax._core.leaves import PyTree, as_wide, as_wide_as, scalar_dtype
 from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition
+from adam_jax.stages.matrices import decide
 
 Mask: TypeAlias = Literal["matrices"] | PyTree | Callable[[PyTree], PyTree]
 
@@ -42,7 +43,7 @@ class AddDecayedWeightsState(NamedTuple):
     hyperparams: dict[str, Array]
 
 
-def _rate(weight_decay: Any, mask: Any, learning_rate: Any) -> str:
+def _rate(*, learning_rate: Any, **others: Any) -> str:
     return "before" if learning_rate is None else "after"
 
 
@@ -52,6 +53,7 @@ def add_decayed_weights(
     mask: Mask | None = None,
     *,
     learning_rate: ScalarOrSchedule | None = None,
+    layer_axes: LayerAxes | None = None,
 ) -> Definition:
     """Lets parameters decay towards zero.
 
@@ -61,16 +63,24 @@ def add_decayed_weights(
     Args:
       weight_decay: ≥ 0.
       mask: which leaves decay: a tree of booleans with the structure of the parameters or a prefix
-        of it, a function of the parameters that returns one, or "matrices" for leaves of two or
-        more dimensions. `None`: all.
+        of it, a function of the parameters that returns one, or "matrices". `None`: all.
+
+        "matrices" spares biases, the scales of norms, and leaves with fewer than two axes. It tells
+        by the names of leaves and modules ("bias", "scale", `LayerNorm`), not by shapes alone: the
+        bias of attention has two axes. A leaf whose name says nothing decays if it has two axes or
+        more; `describe` says for each leaf why it decays, and of which leaves the mask is unsure.
       learning_rate: `None` for a decay that the learning rate will multiply. The learning rate
         itself (a number or a schedule) for one that it does not: the stage then stands after it,
         and follows only the schedule's course relative to its peak, which is looked for once, when
         the stage is made.
+      layer_axes: which axes count layers in a model of stacked layers, by patterns of paths:
+        `{"layers/.*": 0}`. "matrices" does not count them. `stages.flax_layer_axes` reads them from
+        Flax's boxes.
 
     Raises:
-      ValueError: for a negative or NaN decay, an unknown mask, and, in `update`, without `params`
-        or with a mask that does not fit.
+      TypeError: for `layer_axes` that is no mapping from patterns to axes.
+      ValueError: for a negative or NaN decay, an unknown mask, and, in `update`, without `params`,
+        with a mask that does not fit, or with a pattern of `layer_axes` that matches no leaf.
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019), Algorithm 2.
     """
@@ -80,6 +90,7 @@ def add_decayed_weights(
             f"mask: found {brief(mask)}; expected 'matrices', a tree of booleans, a function that "
             "returns one, or None."
         )
+    expect_layer_axes(layer_axes)
     course = Hyperparameter("learning_rate", 1.0 if learning_rate is None else learning_rate)
     highest = peak(course.first if course.settable else course.value)
     follows = course.scheduled or course.settable
@@ -106,11 +117,15 @@ def add_decayed_weights(
             wide = as_wide(as_wide_as(update, param))
             return wide + multiply(as_wide(as_wide_as(param, update)), factor) if decays else wide
 
-        updates = lift(leaf, updates, params=params, mask=_decaying(mask, params))
+        updates = lift(leaf, updates, params=params, mask=_decaying(mask, layer_axes, params))
         return updates, state._replace(step=increment(state.step))
 
     return Definition(
-        init, update, hyperparameters=hypers, decays=functools.partial(_decaying, mask)
+        init,
+        update,
+        hyperparameters=hypers,
+        decays=functools.partial(_decaying, mask, layer_axes),
+        decay_reasons=functools.partial(_reasons, mask, layer_axes),
     )
 
 
@@ -120,12 +135,20 @@ def _flag(decays: Any) -> bool:
     return bool(decays)
 
 
-def _decaying(mask: Mask | None, params: PyTree) -> PyTree:
+def _reasons(mask: Mask | None, layer_axes: LayerAxes | None, params: PyTree) -> list[str]:
+    """Returns why each leaf decays or does not, in order."""
+    if isinstance(mask, str):
+        return [why for _, why in decide(params, layer_axes)]
+    return ["no mask" if mask is None else "the mask"] * len(jax.tree.leaves(params))
+
+
+def _decaying(mask: Mask | None, layer_axes: LayerAxes | None, params: PyTree) -> PyTree:
     """A tree of booleans shaped like the parameters."""
     if mask is None:
         return jax.tree.map(lambda p: True, params)
     if isinstance(mask, str):
-        return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+        flags = [decays for decays, _ in decide(params, layer_axes)]
+        return jax.tree.unflatten(jax.tree.structure(params), flags)
     tree = mask(params) if callable(mask) else mask
     try:
         return jax.tree.map(

@@ -175,6 +175,8 @@ def test_it_prints(params):
         "179,204",
         "0.0001",
         "0.1",
+        "called",
+        "'w'",
     ]
     assert str(found).endswith(str(found.totals))
     assert json.loads(json.dumps(found.as_dict()))["leaves"][0]["state"] == {
