@@ -7,11 +7,17 @@ the sum that `optax.apply_updates`, Flax's `TrainState` and `nnx.Optimizer` then
 is the rounded parameter. Both numbers have 8 bits, so unless one is 2¹⁶ times the other their
 difference fits the 24 of a float32; past that, where a parameter falls to next to nothing at once,
 it is off by at most 2⁻²⁴ of what it was.
+
+The caller has to give the sum the parameter's dtype again, as all of these and `apply_updates` of
+this package do. A plain `params + update` and `eqx.apply_updates` leave it in float32. No update in
+bfloat16 would do instead: where the parameter more than halves or changes its sign, no bfloat16
+number is near enough to the difference.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +29,8 @@ from adam_jax._core.context import Context
 from adam_jax._core.decorators import stage
 from adam_jax._core.errors import expect_params
 from adam_jax._core.hyperparams import increment
-from adam_jax._core.leaves import PyTree, as_wide, is_half
+from adam_jax._core.layers import is_part
+from adam_jax._core.leaves import PyTree, as_wide, dtype_of, is_half, takes_part
 from adam_jax._core.lift import lift
 from adam_jax._core.paths import names
 from adam_jax._core.spec import Definition, Init, Update
@@ -79,12 +86,14 @@ def round_stochastically(seed: int = 0) -> tuple[Init, Update]:
     """
 
     def init(params: PyTree) -> RoundStochasticallyState:
+        _expect_something_to_round(params, "round_stochastically()")
         return RoundStochasticallyState(jnp.zeros((), jnp.int32))
 
     def update(
         updates: Any, state: Any, params: Any, context: Context
     ) -> tuple[PyTree, RoundStochasticallyState]:
         params = expect_params(params, "round_stochastically()")
+        _expect_something_to_round(params, "round_stochastically()", CAST_BACK)
         low, narrow, rest = _rounded_and_rest(updates, params, "round_stochastically")
         bits = StepBits(context.stream("round_stochastically"), state.step)
         paths = iter(names(low))
@@ -141,6 +150,7 @@ def compensate() -> Definition:
     """
 
     def init(params: PyTree) -> CompensateState:
+        _expect_something_to_round(params, "compensate()")
         return CompensateState(
             jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), np.int16), _split(params, params)[0])
         )
@@ -160,10 +170,68 @@ def compensate() -> Definition:
             return _step(old, new, rounded), left.astype(np.int16)
 
         low, narrow, rest = _rounded_and_rest(updates, params, "compensate")
+        _expect_dtypes_of_init(state.lost, narrow, params)
         moved, lost = lift(leaf, low, outputs=2, params=narrow, lost=state.lost)
         return _merged(moved, rest), CompensateState(lost)
 
     return Definition(init, update, trees={"lost": "rounding"}, counter=None)
+
+
+CAST_BACK = (
+    "If they had 16 bits when the state was made, the sum was not cast back, as by "
+    "eqx.apply_updates or params + updates: call adam_jax.apply_updates(params, updates)."
+)
+
+
+def _expect_something_to_round(params: PyTree, caller: str, cause: str = "") -> None:
+    """Warns where no parameter has 16 bits.
+
+    Of parameters it is no error: generic code puts the stage behind every optimizer. `init` warns
+    of arrays alone, because `describe`, `state_bytes` and others trace it to ask for shapes. A part
+    of a tree, as a group of `by_path` sees it, may be in float32 on purpose.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(params) if takes_part(leaf)]
+    asks_for_shapes = not cause and any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if not leaves or any(map(is_half, leaves)) or asks_for_shapes or is_part(params):
+        return
+    found = sorted({str(dtype_of(leaf)) for leaf in leaves})
+    warnings.warn(
+        f"{caller} rounds nothing: found parameters of {', '.join(found)}; expected some of "
+        f"bfloat16 or float16. {cause or 'Convert the parameters, or leave it out.'} To silence "
+        f'this: warnings.filterwarnings("ignore", r".*rounds nothing").',
+        stacklevel=2,
+    )
+
+
+def _expect_dtypes_of_init(lost: PyTree, narrow: PyTree, params: PyTree) -> None:
+    """Refuses parameters that have 16 bits where they had not in `init`, or the other way round.
+
+    Raises:
+      ValueError: with the path of the first one, its dtype, and what to call.
+    """
+    kept, now = set(names(lost)), set(names(narrow))
+    dtypes = dict(zip(names(params), map(dtype_of, jax.tree.leaves(params)), strict=True))
+    changed = [path for path in dtypes if path in kept ^ now]
+    if not changed or not (kept | now) <= dtypes.keys():
+        return  # nothing, or another tree: `lift` says in what it differs
+    path, widened = changed[0], changed[0] in kept
+    before, remedy = (
+        (
+            "bfloat16 or float16",
+            "The sum was not cast back, as by eqx.apply_updates or params + updates: call "
+            "adam_jax.apply_updates(params, updates).",
+        )
+        if widened
+        else (
+            "another dtype",
+            "For parameters in another dtype carry the state over with convert_state(state, tx, "
+            "tx, params), or call `init` again.",
+        )
+    )
+    raise ValueError(
+        f"compensate(): at {path!r} found a parameter of {dtypes[path]}; expected {before}, which "
+        f"it had when the state was made. {remedy}"
+    )
 
 
 def _split(tree: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:

@@ -6,7 +6,9 @@ backend does."""
 
 import functools
 import itertools
+import warnings
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -696,6 +698,82 @@ def test_nnx_optimizer(link, standard_promotion):
         grads.append(step(model, optimizer, jnp.asarray(x, jnp.bfloat16)))
         path.append(jnp.copy(model.kernel[...]))
     check_path(link, path, grads)
+
+
+def test_equinox_keeps_its_dtype(link):
+    """A11: for three steps, behind `compensate` those of a plain list of the module's arrays."""
+    tx = aj.chain(aj.adam(0.1), link)
+    start = eqx.nn.MLP(2, 2, 4, 1, dtype=jnp.bfloat16, key=jax.random.key(0))
+    arrays = jax.tree.leaves(eqx.filter(start, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state):
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(params, state, params)
+        return aj.apply_updates(model, updates), state
+
+    def run(model, state):
+        for _ in range(3):
+            model, state = step(model, state)
+        return jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+
+    found = run(start, tx.init(eqx.filter(start, eqx.is_inexact_array)))
+    assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.bfloat16)}
+    assert not any((a == b).all() for a, b in zip(found, arrays, strict=True) if b.any())
+    if link == LINKS["compensate"]:  # the random bits of the other depend on the leaves' names
+        for a, b in zip(found, run(arrays, tx.init(arrays)), strict=True):
+            np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("add", [eqx.apply_updates, functools.partial(jax.tree.map, jnp.add)])
+def test_a_sum_that_was_not_cast_back_is_named(link, add, standard_promotion):
+    """A11: the second step says what to call. Silence would be a run in float32."""
+    tx = aj.chain(aj.adam(0.1), link)
+    params = {"w": jnp.ones(3, jnp.bfloat16), "n": jnp.ones(3)}
+    updates, state = tx.update(params, tx.init(params), params)
+    params = add(params, updates)
+    assert params["w"].dtype == jnp.float32
+    if link == LINKS["compensate"]:
+        with refused(
+            ValueError,
+            "compensate(): at 'w' found a parameter of float32; expected bfloat16 or float16",
+            "adam_jax.apply_updates(params, updates)",
+        ):
+            tx.update(params, state, params)
+    else:
+        with pytest.warns(UserWarning, match=r"rounds nothing.*adam_jax\.apply_updates\("):
+            tx.update(params, state, params)
+
+
+def test_a_state_of_compensate_for_wide_parameters_is_named():
+    """A11, the other way round: what was float32 in `init` has 16 bits now."""
+    tx, wide = aj.compensate(), {"w": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16)}
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), wide)
+    with refused(ValueError, "at 'w' found a parameter of bfloat16", "convert_state"):
+        tx.update(params, tx.init(wide), params)
+    state = aj.convert_state(tx.init(wide), tx, tx, params).state
+    tx.update(params, state, params)
+
+
+def test_nothing_to_round_is_said_once_in_init():
+    """D15: of arrays, and neither of shapes nor of a group."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    for link, name in zip(LINKS.values(), ("round_stochastically", "compensate"), strict=True):
+        tx = aj.chain(aj.adam(0.1), link)
+        with pytest.warns(UserWarning, match=rf"^{name}\(\) rounds nothing: .* float32") as caught:
+            tx.init(params)
+        assert len(caught) == 1
+        assert "warnings.filterwarnings" in str(caught[0].message)
+        assert len(str(caught[0].message)) <= 600
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            aj.describe(tx, params)
+            aj.state_bytes(tx, params)
+            tx.init({"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3)})
+            tx.init({"n": jnp.int32(1)})
+            grouped = aj.by_path({"a": tx}, aj.adam(0.1))
+            state = grouped.init(params)
+            grouped.update(params, state, params)
 
 
 # Order

@@ -435,37 +435,7 @@ def test_numpy_float64_without_x64_is_float32():
     assert (updates.dtype, state[0].mu.dtype) == (jnp.float32, jnp.float32)
 
 
-# Parameters and updates
-
-
-def test_apply_updates_is_that_of_optax_and_takes_what_that_does_not(standard_promotion):
-    """A11, B3, B9: keys of `jax.random`, a module with functions, and strict promotion."""
-    rng = np.random.default_rng(0)
-    dtypes = (jnp.float32, jnp.bfloat16, jnp.complex64, jnp.int32)
-    params = {str(i): jnp.asarray(rng.normal(size=40) * 9, d) for i, d in enumerate(dtypes)}
-    for of in (jnp.float32, jnp.bfloat16):
-        updates = {
-            name: jnp.asarray(rng.normal(size=40), of if name in "01" else x.dtype)
-            for name, x in params.items()
-        }
-        expected = optax.apply_updates(params, updates)
-        with jax.numpy_dtype_promotion("strict"):
-            found = adam_jax.apply_updates(params, updates)
-        assert avals(found) == avals(params)
-        for name, x in expected.items():
-            np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(x))
-    mixed = {"key": jax.random.key(0), "f": jnp.tanh, "w": jnp.ones(2), "none": None}
-    moved = adam_jax.apply_updates(mixed, {"key": None, "f": None, "w": -jnp.ones(2), "none": None})
-    assert (moved["key"], moved["f"], moved["none"]) == (mixed["key"], jnp.tanh, None)
-    np.testing.assert_array_equal(moved["w"], 0)
-    trained = {"key": jax.random.key(0), "w": jnp.ones(2)}
-    tx = adam_jax.adam(0.5)
-    grads = {"key": np.zeros((), jax.dtypes.float0), "w": jnp.ones(2)}
-    stepped = adam_jax.apply_updates(trained, tx.update(grads, tx.init(trained), trained)[0])
-    assert stepped["key"] == trained["key"]
-    np.testing.assert_allclose(stepped["w"], 0.5, rtol=1e-6)
-    with pytest.raises(ValueError, match="at leaf .'w'. found an update of shape .1,."):
-        adam_jax.apply_updates({"w": jnp.ones(2)}, {"w": jnp.ones(1)})
+# Gradients of other kinds
 
 
 def test_gradients_that_are_none_of_their_parameters():

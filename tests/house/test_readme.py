@@ -16,6 +16,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.filterwarnings("error:.*rounds nothing")
 @pytest.mark.parametrize(
     ("page", "number", "code"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS]
 )
@@ -35,7 +36,7 @@ def test_every_public_name_is_documented():
     api = (ROOT / "docs" / "api.md").read_text()
     modules = re.findall(r"\.\. automodule:: adam_jax\.(\S+)", api)
     described = re.findall(r"\.\. auto(?:function|class):: adam_jax\.(\S+)", api)
-    assert {*adam_jax.__all__} - {*modules, *described} == {"apply_updates"}  # Optax's
+    assert {*adam_jax.__all__} <= {*modules, *described}
     assert all(getattr(adam_jax, name).__doc__ for name in adam_jax.__all__)
     names = {name.rpartition(".")[2] for name in described}
     for module in (adam_jax.stages, adam_jax.diagnostics, adam_jax.migrate, adam_jax.storage):
