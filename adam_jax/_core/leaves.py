@@ -134,5 +134,22 @@ def find_nodes(tree: PyTree, kind: type) -> list[Any]:
 
 
 def all_wide(tree: PyTree) -> PyTree:
-    """A tree whose leaves have the dtypes they are computed in; those that take no part stay."""
-    return jax.tree.map(lambda leaf: as_wide(leaf) if takes_part(leaf) else leaf, tree)
+    """A tree whose leaves have the dtypes they are computed in; those that take no part stay.
+
+    A shape stays a shape: Optax makes states of `jax.ShapeDtypeStruct`s, too.
+    """
+
+    def leaf(x: Any) -> Any:
+        if not takes_part(x):
+            return x
+        if is_shape(x):
+            shape: Any = jax.ShapeDtypeStruct  # some versions of JAX leave it without types
+            return shape(x.shape, wide_dtype(x), sharding=x.sharding)
+        return as_wide(x)
+
+    return jax.tree.map(leaf, tree)
+
+
+def is_shape(leaf: Any) -> bool:
+    """Whether a leaf says a shape and a dtype, and has no values."""
+    return isinstance(leaf, jax.ShapeDtypeStruct)

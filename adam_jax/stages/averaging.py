@@ -24,6 +24,7 @@ from adam_jax._core.leaves import (
     as_wide_as,
     dtype_of,
     find_nodes,
+    is_shape,
     leaving_dtype,
     like_params,
     scalar_dtype,
@@ -59,7 +60,8 @@ def average_parameters(decay: ScalarOrSchedule) -> Definition:
         average ← average + (1 − decay)/weight·(params + update − average)
 
     The average is kept in its corrected form, so it can be read, by `averaged_parameters`, with no
-    division; after the first step it is the parameters, after a few their mean.
+    division; after the first step it is the parameters, after a few their mean. Before the first
+    step it is what `init` got: the parameters, or zeros where it got shapes.
 
     Args:
       decay: in [0, 1).
@@ -75,9 +77,7 @@ def average_parameters(decay: ScalarOrSchedule) -> Definition:
         scalars = scalar_dtype(params)
         return AverageParametersState(
             step=hypers.first_step(),
-            # A copy, even where the dtype is the same: a donated step must not be given one buffer
-            # twice.
-            average=like_params(lambda p: jnp.array(p, wide_dtype(p), copy=True), params),
+            average=like_params(_first_average, params),
             average_weight=jnp.zeros(2, scalars),
             hyperparams=hypers.kept(scalars),
         )
@@ -112,6 +112,14 @@ def average_parameters(decay: ScalarOrSchedule) -> Definition:
         )
 
     return Definition(init, update, hyperparameters=hypers, trees={"average": "other"})
+
+
+def _first_average(param: Any) -> Array:
+    """The parameter, or zeros in place of a shape: the first step gives them no weight."""
+    if is_shape(param):
+        return jnp.zeros(param.shape, wide_dtype(param))
+    # A copy, even where the dtype is the same: a donated step must not be given one buffer twice.
+    return jnp.array(param, wide_dtype(param), copy=True)
 
 
 def averaged_parameters(state: Any) -> PyTree:
