@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._core.context import Context
-from adam_jax._core.errors import brief, expect_one_of, some
+from adam_jax._core.errors import expect_one_of, some
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, dtype_of, leaving_dtype, takes_part
 from adam_jax._core.lift import lift
@@ -29,11 +29,9 @@ from adam_jax._core.transformation import (
     transformation,
 )
 from adam_jax.wrappers.overrides import with_overrides
+from adam_jax.wrappers.patterns import DEFAULT, expect_patterns, hint_to_pattern
 
 Group: TypeAlias = optax.GradientTransformation | Mapping[str, Any] | Literal["frozen"]
-
-DEFAULT = "default"
-"""The name of the group of all leaves that no pattern matches."""
 
 
 class ByPathState(NamedTuple):
@@ -84,7 +82,7 @@ def by_path(
         takes or gives `Moments`, and groups of which only some apply a learning rate. In `init` and
         `update`, for a pattern that matches no leaf, and a leaf that several match.
     """
-    _expect_patterns(groups)
+    expect_patterns(groups)
     groups = {
         pattern: dict(group) if isinstance(group, Mapping) else group
         for pattern, group in groups.items()
@@ -192,7 +190,7 @@ def _labels(groups: Mapping[str, Any], tree: PyTree, ordered: bool) -> list[str]
     matched = {pattern for its in matches for pattern in its}
     for pattern in groups:
         if pattern not in matched:
-            hint = _hint(pattern, found)
+            hint = hint_to_pattern(pattern, found)
             raise ValueError(
                 f"by_path: found no leaf that {pattern!r} matches; expected at least one, and a "
                 f"match of the whole path. {hint}Paths are {_listed(found)}."
@@ -237,49 +235,6 @@ def _still(update: Any, param: Any, known: bool) -> Any:
     if takes_part(update):
         return -jnp.zeros_like(update, leaving_dtype(update, param if known else None))
     return jnp.zeros(jnp.shape(param), dtype_of(param)) if known else update
-
-
-def _expect_patterns(groups: Any) -> None:
-    if not isinstance(groups, Mapping) or not groups:
-        raise (ValueError if isinstance(groups, Mapping) else TypeError)(
-            f"by_path: groups: found {brief(groups)}; expected a mapping from patterns to "
-            "transformations, overrides or 'frozen'."
-        )
-    for pattern in groups:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"by_path: found the pattern {pattern!r}; expected a regular expression, a string."
-            )
-        if pattern == DEFAULT:
-            raise ValueError(
-                f"by_path: found a pattern {DEFAULT!r}, which is the name of the rest; write it as "
-                f"'{DEFAULT}()'."
-            )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"by_path: found the pattern {pattern!r}; expected a regular expression: {error}."
-            ) from error
-
-
-def _hint(pattern: str, paths: Sequence[str]) -> str:
-    """Returns what may have been meant by a pattern that no path matches as a whole."""
-    # A "*" behind "/" is a shell's, and as a part "a/*" would match every path with an "a".
-    glob = re.sub(r"(?<![.)\]}\\\w])\*+", ".*", pattern)
-    if glob != pattern and any(re.fullmatch(glob, path) for path in paths):
-        return f"It is a regular expression: did you mean {glob!r}? "
-    for path in paths:
-        part = re.search(pattern, path)
-        if part and part[0]:
-            before = re.escape(path[: part.start()]).replace("\\-", "-")
-            of_one = [f"{before}{pattern}", f"{before}{pattern}.*"]
-            of_many = [f".*/{pattern}", f".*/{pattern}/.*", f".*{pattern}", f".*{pattern}.*"]
-            likely = [] if "|" in pattern else of_one if "/" in pattern else of_many
-            meant = next((each for each in likely if re.fullmatch(each, path)), None)
-            meant = meant or f".*({pattern}).*"
-            return f"It matches a part of {path!r}: did you mean {meant!r}? "
-    return ""
 
 
 def _interface(parts: Mapping[str, Any], flows: Mapping[str, Interface]) -> Interface:

@@ -531,7 +531,7 @@ def test_a_tx_without_moments_has_nothing_to_move():
         ValueError, "keeps no moments, so there is nothing to move: begin with tx.init(params)"
     ):
         aj.migrate.from_optax(optax.adam(1e-3).init(LARGE), aj.presets.torch.sgd(1e-3), LARGE)
-    tx = aj.presets.torch.adamw(1e-3)  # as many stages as amsgrad
+    tx = aj.adamw(1e-3)  # as many stages as amsgrad
     with refused(ValueError, "to_optax: found", "expected the state of keep_maximum"):
         aj.migrate.to_optax(tx.init(LARGE), aj.amsgrad(1e-3), optax.amsgrad(1e-3).init(LARGE))
 
