@@ -89,6 +89,7 @@ def train(arguments: Sequence[str]) -> int:
                             make, setting, options.learning_rate, told, keeper, log
                         )
         except KeyboardInterrupt:
+            sys.stderr.write(_how_to_go_on(options))
             return 130
         except ValueError as error:
             parser.error(str(error))
@@ -108,6 +109,15 @@ def train(arguments: Sequence[str]) -> int:
             f"Events are in {options.log_dir}: tensorboard --logdir {options.log_dir}\n"
         )
     return 0
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.checkpoint_dir:
+        return (
+            "\nInterrupted. The same command with --resume goes on from the last checkpoint in "
+            f"{options.checkpoint_dir}.\n"
+        )
+    return "\nInterrupted. With --checkpoint-dir DIR a run can be gone on with.\n"
 
 
 def _checkpoints_of(name: str, options: argparse.Namespace, data: Any) -> Any:

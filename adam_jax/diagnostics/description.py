@@ -22,7 +22,8 @@ from adam_jax._core.spec import all_specs, is_transformation, show, swapped
 from adam_jax._core.transformation import Transformation, abstract_state
 from adam_jax.diagnostics.state_size import StateBytes, bytes_of, state_bytes
 from adam_jax.diagnostics.table import plain_table, rich_table
-from adam_jax.wrappers.groups import DEFAULT, only
+from adam_jax.wrappers.groups import only
+from adam_jax.wrappers.patterns import DEFAULT
 
 
 class Leaf(NamedTuple):

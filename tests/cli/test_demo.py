@@ -855,7 +855,7 @@ def test_events_hold_the_curves(logged):
 
 
 def test_a_resumed_run_logs_each_step_once(
-    logged, demonstrate, write, quick, tmp_path, monkeypatch
+    logged, demonstrate, write, quick, tmp_path, monkeypatch, capsys
 ):
     options = [
         "--data",
@@ -898,6 +898,7 @@ def test_a_resumed_run_logs_each_step_once(
         )
         == 130
     )
+    assert "Interrupted. The same command with --resume goes on" in capsys.readouterr().err
     monkeypatch.setattr(report, "progress", draw)
     time.sleep(1.1)  # the files are told apart by the second in their names
     demonstrate(*options, "--resume")
