@@ -10,7 +10,7 @@ from jax import Array
 
 from adam_jax._core.configuration import StageInstance
 from adam_jax._core.spec import Follower
-from adam_jax.migrate.factors import is_whole, rate_of, scalars_of, spread, together
+from adam_jax.migrate.factors import factor_of, is_whole, rate_of, scalars_of, spread, together
 from adam_jax.migrate.pairing import Pair, Pairing, Source
 from adam_jax.migrate.report import Report, entry_of
 from adam_jax.stages.moments import accumulate_weight
@@ -83,6 +83,8 @@ def _gathered(pair: Pair, field: str) -> Array:
     """Returns the debias factor that a moment brings along, one or one per leaf."""
     none = jnp.zeros(2, scalars_of(pair.stage))
     sources = next(pair.sources[name] for name in (field, "mu", "nu") if name in pair.sources)
+    if not sources and pair.partner is not None:
+        return factor_of(pair.partner, field, 0)  # a group without leaves has counted all the same
     made: dict[Any, Array] = {}  # leaves that have one factor in common get the same array
 
     def factor(source: Source) -> Array:

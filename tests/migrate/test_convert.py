@@ -678,3 +678,16 @@ def test_leaves_whose_joined_paths_are_equal_keep_their_own_moments():
     found = aj.convert_state(state, old, new, params)
     assert not found.fresh
     same(found.state[0], state[0])
+
+
+def test_a_group_without_trained_leaves_keeps_its_debias_factors():
+    """E10."""
+    params = {"n": jnp.zeros(3, jnp.int32), "w": jnp.ones(3)}
+    grads = {"n": np.zeros(3, jax.dtypes.float0), "w": jnp.ones(3)}
+    old, new = (aj.by_path({"n": make(0.1)}, make(0.1)) for make in (aj.adam, aj.adamw))
+    state = old.init(params)
+    for _ in range(3):
+        state = old.update(grads, state, params)[1]
+    found = aj.convert_state(state, old, new, params).state
+    for group in ("n", "default"):
+        same(found.inner_states[group][0], state.inner_states[group][0])
