@@ -28,6 +28,7 @@ from adam_jax.migrate.foreign_state import (
     same_leaves,
     trained,
 )
+from adam_jax.migrate.torch_forms import form_of
 from adam_jax.migrate.torch_layout import Layouts, warn_of_open
 from adam_jax.migrate.torch_names import (
     Names,
@@ -42,9 +43,10 @@ from adam_jax.migrate.torch_names import (
 from adam_jax.migrate.torch_order import ParamNames, names_by_number
 from adam_jax.migrate.torch_settings import expect_decays, expect_settings
 from adam_jax.migrate.torch_state import (
+    expect_known,
     fields_by_name,
-    groups_and_entries,
     kinds_kept,
+    step_of,
     steps_by_path,
 )
 
@@ -74,13 +76,15 @@ def from_torch(
 
     Args:
       state_dict: what `optimizer.state_dict()` returns, of Adam, AdamW, NAdam, RAdam, Adamax,
-        RMSprop or SGD; tensors or arrays.
+        RMSprop or SGD; tensors or arrays. Also of distributed checkpoints, whose keys are names,
+        nested or flattened, and with the steps in the groups, as apex keeps them.
       tx: the transformation of this package that goes on. PyTorch's parameter groups may be groups
         of `by_path`, or a mask of weight decay.
       params: the parameters, which have the moments' shapes.
       mapping: from PyTorch's names to paths in `params`: a function, or a table of names or of
         their beginnings ("layers.0": "Dense_0"). What is not in the table keeps its name. "."
-        counts as "/", and a last part "weight" that is not in the tree is looked for as "kernel",
+        counts as "/", a beginning that is mapped to "" is cut off before the rest is looked up, and
+        a last part "weight" that is not in the tree is looked for as "kernel",
         "scale" and "embedding". `None` stands for what has no place in `params`.
       transpose: how arrays come to lie as in `params`, where that is not by rule: a table by
         PyTorch's name, or by a regular expression of whole names, or a function (name, path) ->
@@ -108,12 +112,13 @@ def from_torch(
         those of `tx`; moments that only one side has.
     """
     caller = "from_torch"
-    groups, entries = groups_and_entries(state_dict, caller)
+    form = form_of(state_dict, caller)
+    groups, entries = form.groups, form.entries
     first = abstract_state(tx, params, caller)
     parts, ours = memories(tx, first, caller)
     leaves = trained(params)
     sizes = sizes_by_name(leaves, mapping, caller)
-    called = names_by_number(groups, entries, names, sizes, caller)
+    called = names_by_number(form, names, sizes, caller)
     held = {path for its in ours.values() for path in all_leaves(its)}
     pairs = pairs_of(
         called.values(), leaves, mapping, transpose, caller, still=leaves.keys() - held
@@ -139,10 +144,7 @@ def from_torch(
     kinds = fields_by_name(groups)
     kept = {field: True for entry in of.values() for field, its in entry.items() if its is not None}
     fields = [field for field in kept if field not in ("step", "mu_product")]
-    if unknown := [field for field in fields if field not in kinds]:
-        raise ValueError(
-            f"{caller}: left over {some(unknown)} in the state; expected {some(list(kinds))}."
-        )
+    expect_known(fields, kinds, caller)
     same_kinds(ours, {kinds[field]: field for field in fields}, caller, "the state dict")
     expect_real(leaves, [kinds[field] for field in fields], caller)
     if ("mu_product" in kept) != any(map(ahead_field, parts)):
@@ -176,6 +178,11 @@ def from_torch(
             if entry.get(field) is not None:
                 pair = pairs[name]
                 moment = pair.into(entry[field], leaves[pair.path], caller)
+                if moment.dtype.kind in "biu" and moment.dtype.itemsize == 1:
+                    raise ValueError(
+                        f"{caller}: {name}: found {field} of {moment.dtype}, codes of a quantized "
+                        "state; expected numbers in full precision. Decode them first."
+                    )
                 if kinds[field] not in ("mu", "trace") and (moment < 0).any():
                     raise ValueError(
                         f"{caller}: {name}: found {field} below 0, which no mean of squares is."
@@ -184,8 +191,14 @@ def from_torch(
                     moment.astype(np.float32) if moment.dtype.kind in "biu" else moment
                 )
     warn_of_open(open_ways([pairs[name] for name in of], leaves), caller)
+    own_group = {called[i]: group for group in groups for i in group["params"]}
     steps = steps_by_path(
-        {pairs[name].path: entry.get("step") for name, entry in of.items()}, count, caller
+        {
+            pairs[name].path: step_of(name, entry, own_group[name], caller)
+            for name, entry in of.items()
+        },
+        count,
+        caller,
     )
     return fill(tx, params, ForeignState(steps, max(steps.values(), default=0), moments), caller)
 
@@ -215,7 +228,7 @@ def to_torch(
       names: as in `from_torch`.
 
     Returns:
-      A state dict whose "state" holds NumPy arrays, float32 or float64.
+      A state dict in the form of `like`, whose moments are NumPy arrays, float32 or float64.
 
     Raises:
       TypeError: as `from_torch`.
@@ -223,7 +236,8 @@ def to_torch(
         `reset`.
     """
     caller = "to_torch"
-    groups, entries = groups_and_entries(like, caller)
+    form = form_of(like, caller)
+    groups = form.groups
     run = read(tx, state, caller)
     fields = {kind: field for field, kind in fields_by_name(groups).items()}
     same_kinds(
@@ -243,7 +257,7 @@ def to_torch(
         return not any(is_frozen(path) for is_frozen in frozen for path in options)
 
     sizes = sizes_by_name(leaves, mapping, caller)
-    all_called = names_by_number(groups, entries, names, sizes, caller)
+    all_called = names_by_number(form, names, sizes, caller)
     called = {i: name for i, name in all_called.items() if is_trained(name)}
     pairs = pairs_of(called.values(), leaves, mapping, transpose, caller)
     by_group = [
@@ -251,7 +265,9 @@ def to_torch(
         for group in groups
     ]
     expect_decays(by_group, decays(tx, state, caller), caller)
-    also = {} if "dampening" in groups[0] else {"step": np.float32(run.count)}
+    shared = any("step" in group for group in groups)  # apex and TransformerEngine keep it there
+    also = {} if shared or "dampening" in groups[0] else {"step": np.float32(run.count)}
+    groups = [group | ({"step": run.count} if "step" in group else {}) for group in groups]
     also |= {"mu_product": np.float32(1 - run.ahead)} if run.ahead is not None else {}
 
     def entry(pair: Pair) -> dict[str, Any]:
@@ -262,4 +278,4 @@ def to_torch(
 
     warn_of_open(open_ways(pairs.values(), leaves), caller)
     found = {i: entry(pairs[name]) for i, name in called.items() if name in pairs}
-    return {"state": found, "param_groups": groups}
+    return form.rebuild(groups, found)

@@ -56,11 +56,18 @@ class Way(NamedTuple):
     told: bool
 
 
-def entry_of(table: Mapping[str, T], name: str) -> T | None:
-    """Returns the entry of a table for a name: under the name itself, or a pattern of all of it."""
-    if name in table:
-        return table[name]
-    return next((its for pattern, its in table.items() if re.fullmatch(pattern, name)), None)
+def entry_of(table: Mapping[str, T], names: Iterable[str]) -> T | None:
+    """Returns the entry of a table for a parameter that has several names.
+
+    It is under one of the names itself, or under a pattern of all of it.
+    """
+    names = list(names)
+    exact = next((table[name] for name in names if name in table), None)
+    if exact is not None:
+        return exact
+    return next(
+        (its for key, its in table.items() if any(re.fullmatch(key, name) for name in names)), None
+    )
 
 
 def expect_patterns(table: Any, what: str, caller: str) -> None:
@@ -86,13 +93,18 @@ def unused_of(table: Any, names: Iterable[str]) -> list[str]:
     return sorted(key for key in keys if not any(key == n or re.fullmatch(key, n) for n in names))
 
 
-def way_of(name: str, path: str, ndim: int, transpose: Layouts | None, caller: str) -> Way:
+def way_of(
+    names: Sequence[str], path: str, ndim: int, transpose: Layouts | None, caller: str
+) -> Way:
     """Returns the way between an array of PyTorch, of `ndim` axes, and the leaf at `path`.
+
+    The names are PyTorch's, and the same without what wraps the model.
 
     Raises:
       ValueError: for an entry that is none.
     """
-    given = transpose(name, path) if callable(transpose) else entry_of(transpose or {}, name)
+    name = names[0]
+    given = transpose(name, path) if callable(transpose) else entry_of(transpose or {}, names)
     if isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given)):
         there, back = given
         return Way(there, back, None, True)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,7 +21,6 @@ from adam_jax.migrate.torch_layout import (
     way_of,
     word_that_fits,
 )
-from adam_jax.migrate.torch_order import TAKE_THEM
 
 Names: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None]
 
@@ -30,6 +30,17 @@ ALIASES = {
     "running_var": ("var",),
 }
 """What the last part of a PyTorch name can be in a tree of parameters."""
+
+
+TAKE_THEM = (
+    "name_of = {id(p): n for n, p in model.named_parameters()}; "
+    "names = [[name_of[id(p)] for p in group['params']] for group in optimizer.param_groups]"
+)
+"""The lines that give the names in the optimizer's order, whatever its groups are."""
+
+
+WRAPPERS = re.compile(r"((module|_orig_mod|_forward_module|_fsdp_wrapped_module)\.)+")
+"""What DataParallel, torch.compile, DeepSpeed and FSDP put in front of names."""
 
 
 class Pair(NamedTuple):
@@ -108,6 +119,11 @@ def number_array(x: Any, name: str, caller: str) -> np.ndarray:
 
 def expect_table(state_dict: Any, caller: str) -> None:
     """Refuses what is no state dict."""
+    if isinstance(state_dict, tuple) and len(state_dict) == 2:
+        raise TypeError(
+            f"{caller}: found a tuple, such as get_state_dict returns; expected its first part for "
+            "weights, or its second one for the optimizer."
+        )
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"{caller}: found a {type(state_dict).__name__}; expected a state dict. Load a file "
@@ -145,21 +161,24 @@ def pairs_of(
                 "expected one for each leaf."
             )
         taken[path] = name
-        way = way_of(name, path, jnp.ndim(leaves[path]), transpose, caller)
+        both = (name, cut_name(name, mapping))
+        way = way_of(both, path, jnp.ndim(leaves[path]), transpose, caller)
         found[name] = Pair(name, path, way)
     missing = [path for path in leaves if path not in taken and path not in still]
     if lost or missing:
         says = [f"left over {some(lost)} of PyTorch"] if lost else []
         says += [f"missing {some(missing)} of the parameters"] if missing else []
+        wrapped = sorted(match[0] for match in map(WRAPPERS.match, lost) if match)
+        cut = wrapped and f" What wraps a model is cut off by mapping={{{wrapped[0][:-1]!r}: ''}}."
         raise ValueError(
             f"{caller}: {'; '.join(says)}. Give mapping=, a table or a function from PyTorch's "
-            "names to paths in the parameters, and to None for what has no place there."
+            f"names to paths in the parameters, and to None for what has no place there.{cut or ''}"
         )
     # A table may serve other calls too: what leads to a leaf that has no name here is known
     # elsewhere.
     unknown = [
         name
-        for name in unused_of(transpose, names)
+        for name in unused_of(transpose, [*names, *(cut_name(name, mapping) for name in names)])
         if not {*options_of(target_of(name, mapping, caller) or "")} & still
     ]
     if unknown:
@@ -183,19 +202,36 @@ def _expect_rules(mapping: Any, transpose: Any, caller: str) -> None:
 
 
 def target_of(name: str, mapping: Names | None, caller: str) -> str | None:
-    """Where a name leads: the longest beginning that is in a table is replaced."""
+    """Where a name leads: the longest beginning that is in a table is replaced.
+
+    One that the table maps to "" is cut off, and the rest is looked up in turn.
+    """
     if callable(mapping):
         start, new = name, mapping(name)
     else:
-        starts = [name[:i] for i in range(len(name), 0, -1) if name[i : i + 1] in (".", "")]
-        start = next((start for start in starts if start in (mapping or {})), "")
-        new = mapping[start] if mapping and start else ""
+        table, name = mapping or {}, cut_name(name, mapping)
+        start = _start_of(name, table)
+        new = table[start] if start else ""
     if not isinstance(new, (str, type(None))):
         raise TypeError(
             f"{caller}: mapping: found {brief(new)} for {start!r}; expected a path in the "
             "parameters, or None."
         )
     return None if new is None else new + name[len(start) :]
+
+
+def cut_name(name: str, mapping: Names | None) -> str:
+    """Returns a name without the beginnings that a table maps to ""."""
+    table = mapping if isinstance(mapping, Mapping) else {}
+    while (start := _start_of(name, table)) and table[start] == "" and start != name:
+        name = name[len(start) :].lstrip(".")
+    return name
+
+
+def _start_of(name: str, table: Mapping[str, Any]) -> str:
+    """The longest beginning of a name that is in a table, up to a dot or with it; "" if none."""
+    ends = (i for i in range(len(name), 0, -1) if "." in name[i - 1 : i + 1] or i == len(name))
+    return next((name[:i] for i in ends if name[:i] in table), "")
 
 
 def options_of(target: str) -> list[str]:

@@ -13,19 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from adam_jax._core.errors import brief, some
+from adam_jax.migrate.torch_forms import Form
+from adam_jax.migrate.torch_names import TAKE_THEM
 
 ParamNames: TypeAlias = Sequence[str] | Sequence[Sequence[str]] | Mapping[int, str]
 
-TAKE_THEM = (
-    "name_of = {id(p): n for n, p in model.named_parameters()}; "
-    "names = [[name_of[id(p)] for p in group['params']] for group in optimizer.param_groups]"
-)
-"""The lines that give the names in the optimizer's order, whatever its groups are."""
-
 
 def names_by_number(
-    groups: Sequence[Mapping[str, Any]],
-    entries: Mapping[int, Any],
+    form: Form,
     names: ParamNames | None,
     size_of: Callable[[str], int | None],
     caller: str,
@@ -33,9 +28,7 @@ def names_by_number(
     """Returns the names by the numbers that PyTorch gives to parameters.
 
     Args:
-      groups: the optimizer's groups.
-      entries: the states by number, whose shapes check an order. A parameter without a state may
-        have any shape.
+      form: the state dict. Its shapes check an order; a parameter without a state may have any.
       names: what the user said; `None` if nothing.
       size_of: returns how many elements the leaf of a name has; `None` where it has no leaf.
       caller: the function that the user called.
@@ -44,7 +37,13 @@ def names_by_number(
       TypeError: for names that are neither lists of strings nor a table by number.
       ValueError: for names that are missing or too many, and an order that cannot be checked.
     """
+    groups, entries = form.groups, form.entries
     numbers = [list(group["params"]) for group in groups]
+    if form.named and names is not None:
+        raise ValueError(
+            f"{caller}: found names=, and a state dict whose keys are names already; expected one "
+            "of them. Leave names= out. Their beginnings are cut off by mapping={'module': ''}."
+        )
     if isinstance(names, Mapping):
         return _as_said(numbers, names, caller)
     own = _own_names(groups)

@@ -28,7 +28,7 @@ SETTINGS = (
 """What a parameter group says besides the learning rate and the decays of moments."""
 
 
-Groups: TypeAlias = "list[tuple[Mapping[str, Any], list[Pair]]]"
+Groups: TypeAlias = "Sequence[tuple[Mapping[str, Any], Sequence[Pair]]]"
 
 
 def expect_decays(groups: Groups, ours: Mapping[str, Mapping[str, Any]], caller: str) -> None:
@@ -72,7 +72,8 @@ def expect_settings(groups: Groups, tx: Any, params: PyTree, caller: str) -> Non
                 "weight_decay": leaves[pair.path].decay,
                 "decoupled_weight_decay": _decoupled(leaves[pair.path].stages),
             }
-            rectifies, its = "rectify" in leaves[pair.path].stages, _rectifies(group)
+            stages = leaves[pair.path].stages
+            rectifies, its = "rectify" in stages, _rectifies(group)
             if its not in (None, rectifies):
                 theirs_is, ours_is = (
                     ("RAdam's", "does not rectify") if its else ("Adam's", "rectifies")
@@ -80,6 +81,12 @@ def expect_settings(groups: Groups, tx: Any, params: PyTree, caller: str) -> Non
                 raise ValueError(
                     f"{caller}: the param_group of {pair.name} is {theirs_is}, and tx {ours_is}; "
                     "expected the same optimizer, see presets.torch."
+                )
+            theirs_corrects = group.get("bias_correction")
+            if theirs_corrects is not None and not theirs_corrects and "correct_bias" in stages:
+                raise ValueError(
+                    f"{caller}: found bias_correction={theirs_corrects} in the param_group of "
+                    f"{pair.name}, and tx corrects the bias; expected the same."
                 )
             for key, value in ours.items():
                 if _differ(theirs[key], value):

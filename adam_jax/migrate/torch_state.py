@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from adam_jax._core.errors import some
 from adam_jax.migrate.counted import whole
-from adam_jax.migrate.torch_names import expect_table, number_array
+from adam_jax.migrate.torch_names import number_array
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu", "exp_inf": "infinity", "max_exp_avg_sq": "raw nu_max"}
 
@@ -17,56 +17,12 @@ SGD = {"momentum_buffer": "trace"}
 """The kinds of moments by PyTorch's names for them."""
 
 
-def groups_and_entries(state_dict: Any, caller: str) -> tuple[list[Any], Mapping[int, Any]]:
-    """The groups and the entries of an optimizer's state dict."""
-    expect_table(state_dict, caller)
-    if not {"state", "param_groups"} <= state_dict.keys():
-        inside = next(
-            (
-                key
-                for key, its in state_dict.items()
-                if isinstance(its, Mapping) and "param_groups" in its
-            ),
-            None,
-        )
-        hint = (
-            "Weights are for params_from_torch."
-            if inside is None
-            else f"Pass what is in [{inside!r}]."
-        )
-        raise ValueError(
-            f"{caller}: found a dict of {some(list(map(str, state_dict))) or 'nothing'}; expected "
-            f"'state' and 'param_groups', as optimizer.state_dict() has them. {hint}"
-        )
-    groups, entries = state_dict["param_groups"], state_dict["state"]
-    listed = isinstance(groups, (list, tuple)) and all(
-        isinstance(its, Mapping) and "params" in its for its in groups
-    )
-    if (
-        not listed
-        or not groups
-        or not isinstance(entries, Mapping)
-        or not all(isinstance(e, Mapping) for e in entries.values())
-    ):
-        raise ValueError(
-            f"{caller}: found param_groups or a state that are not PyTorch's; expected a list of "
-            "dicts with 'params', and a dict of dicts by parameter number, as "
-            "optimizer.state_dict() has them."
-        )
-    if strings := [key for key in entries if isinstance(key, str)]:
-        raise ValueError(
-            f"{caller}: found the parameter numbers {some(list(map(repr, strings)))}; expected "
-            "integers. JSON makes strings of them: {int(i): its for i, its in state.items()}."
-        )
-    return list(groups), entries
-
-
-def fields_by_name(groups: list[Any]) -> dict[str, str]:
+def fields_by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The kinds of moments by PyTorch's names, of the optimizer that has such groups."""
     return SGD if "dampening" in groups[0] else RMSPROP if "alpha" in groups[0] else ADAM
 
 
-def kinds_kept(groups: list[Any], ours: Iterable[str]) -> list[str]:
+def kinds_kept(groups: Sequence[Mapping[str, Any]], ours: Iterable[str]) -> list[str]:
     """The kinds of moments that an optimizer with such groups keeps."""
     group = groups[0]
     if "betas" in group:
@@ -104,3 +60,47 @@ def steps_by_path(found: Mapping[str, Any], count: int | None, caller: str) -> d
             "state has one."
         )
     return numbers or dict.fromkeys(found, whole(count, caller))
+
+
+def expect_known(fields: Iterable[str], known: Iterable[str], caller: str) -> None:
+    """Refuses fields of a state that are no moments which we know.
+
+    Raises:
+      ValueError: for such fields. Those of bitsandbytes are named.
+    """
+    unknown = [field for field in fields if field not in known]
+    if not unknown:
+        return
+    if any("qmap" in field or "absmax" in field or "bnb" in field for field in unknown):
+        raise ValueError(
+            f"{caller}: found {some(unknown)}, the quantized state of bitsandbytes; expected "
+            f"{some(list(known))} in full precision. Decode each one with "
+            "bitsandbytes.functional.dequantize_blockwise (or _dynamic_), and give state1 as "
+            "exp_avg and state2 as exp_avg_sq."
+        )
+    if {"state1", "state2"} & {*unknown}:
+        raise ValueError(
+            f"{caller}: found {some(unknown)}, as bitsandbytes calls moments; expected "
+            f"{some(list(known))}. Give state1 as exp_avg and state2 as exp_avg_sq."
+        )
+    hint = " Weights are for params_from_torch; leave them out." * ("master_param" in unknown)
+    raise ValueError(
+        f"{caller}: left over {some(unknown)} in the state; expected {some(list(known))}.{hint}"
+    )
+
+
+def step_of(name: str, entry: Mapping[str, Any], group: Mapping[str, Any], caller: str) -> Any:
+    """Returns the step of a parameter: its own, or that of its group, where apex keeps it.
+
+    Raises:
+      ValueError: where both are there and differ.
+    """
+    own, shared = entry.get("step"), group.get("step")
+    if own is None or shared is None:
+        return shared if own is None else own
+    both = [whole(number_array(x, f"the step of {name}", caller), caller) for x in (own, shared)]
+    if both[0] != both[1]:
+        raise ValueError(
+            f"{caller}: found step {both[0]} of {name}, and {both[1]} in its group; expected one."
+        )
+    return own

@@ -375,6 +375,61 @@ def test_presets_go_on_in_either_direction(torch, name):
     )
 
 
+def test_pytorchs_distributed_checkpoints_are_read(torch):
+    """B4: what `get_optimizer_state_dict` itself returns, nested and flattened."""
+    from torch.distributed.checkpoint import state_dict as checkpoint
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    groups = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "lr": 0.01}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(5, 3)).square().sum().backward()
+        optimizer.step()
+    tx = aj.presets.torch.adamw(0.01)
+    params = {name: {} for name in "01"}
+    for name, tensor in model.named_parameters():
+        params[name[0]][name[2:]] = jnp.zeros(tuple(tensor.shape))
+    for flat in (False, True):
+        options = checkpoint.StateDictOptions(flatten_optimizer_state_dict=flat)
+        saved = checkpoint.get_optimizer_state_dict(model, optimizer, options=options)
+        assert ("state.0.weight.step" in saved) == flat
+        state = aj.migrate.from_torch(saved, tx, params)
+        assert int(state[0].count) == 3
+        for name, tensor in model.named_parameters():
+            expected = optimizer.state[tensor]["exp_avg"].numpy()
+            np.testing.assert_array_equal(state[0].mu[name[0]][name[2:]], expected)
+        back = aj.migrate.to_torch(state, tx, saved)
+        assert back.keys() == saved.keys()
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop"])
+def test_complex_parameters_step_as_in_pytorch(torch, name):
+    """A7: as two parts, of which each has its own ν."""
+    param = torch.nn.Parameter(torch.tensor([1 + 1j, 0.3 - 2j]))
+    optimizer = getattr(torch.optim, name)([param], lr=0.01)
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((20, 2, 2)).astype(np.float32) * [1, 0.01]
+
+    def step(g):
+        param.grad = torch.view_as_complex(torch.tensor(g, dtype=torch.float32))
+        optimizer.step()
+
+    for g in parts[:10]:
+        step(g)
+    rules = {"transpose": {"w": aj.migrate.as_real()}}
+    tx = getattr(aj.presets.torch, name.lower())(0.01)
+    params = aj.migrate.params_from_torch({"w": param}, {"w": jnp.zeros((2, 2))}, **rules)
+    state = aj.migrate.from_torch(optimizer.state_dict(), tx, params, names=["w"], **rules)
+    update = jax.jit(tx.update)
+    for g in parts[10:]:
+        step(g)
+        updates, state = update({"w": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+    expected = torch.view_as_real(param.detach()).numpy()
+    np.testing.assert_allclose(params["w"], expected, atol=2e-6)
+
+
 def test_tensors_are_copied_and_bfloat16_is_read(torch):
     tensor = torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)
     params = aj.migrate.params_from_torch(
