@@ -10,11 +10,13 @@ from adam_jax.migrate.restart import reset
 from adam_jax.migrate.torch import from_torch, to_torch
 from adam_jax.migrate.torch_layout import LayoutWarning, after_flatten, as_real
 from adam_jax.migrate.torch_params import params_from_torch, params_to_torch
+from adam_jax.migrate.torch_parts import Split
 
 __all__ = [
     "Converted",
     "Entry",
     "LayoutWarning",
+    "Split",
     "after_flatten",
     "as_real",
     "convert_state",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from adam_jax._core.errors import some
@@ -30,22 +29,24 @@ from adam_jax.migrate.foreign_state import (
 )
 from adam_jax.migrate.torch_forms import form_of
 from adam_jax.migrate.torch_layout import Layouts, warn_of_open
-from adam_jax.migrate.torch_names import (
-    Names,
-    Pair,
+from adam_jax.migrate.torch_names import Names, options_of, target_of
+from adam_jax.migrate.torch_order import ParamNames, named_parts
+from adam_jax.migrate.torch_pairs import (
+    expect_all_parts,
     expect_real,
     open_ways,
-    options_of,
     pairs_of,
-    sizes_by_name,
-    target_of,
 )
-from adam_jax.migrate.torch_order import ParamNames, names_by_number
+from adam_jax.migrate.torch_parts import Heads, Splits, Stacks
+from adam_jax.migrate.torch_rules import Rules, expect_rules
 from adam_jax.migrate.torch_settings import expect_decays, expect_settings
 from adam_jax.migrate.torch_state import (
+    cut_entry,
     expect_known,
     fields_by_name,
     kinds_kept,
+    moment_by_path,
+    same_steps,
     step_of,
     steps_by_path,
 )
@@ -58,10 +59,13 @@ def from_torch(
     *,
     mapping: Names | None = None,
     transpose: Layouts | None = None,
+    split: Splits | None = None,
+    stack: Stacks | None = None,
+    heads: Heads | None = None,
     names: ParamNames | None = None,
     count: int | None = None,
 ) -> PyTree:
-    """The state of `tx` in a run that PyTorch began.
+    r"""The state of `tx` in a run that PyTorch began.
 
         tx = adam_jax.adamw(3e-4, weight_decay=0.01)
         rules = dict(mapping={"conv1": "Conv_0", "fc": "Dense_0"})
@@ -95,6 +99,16 @@ def from_torch(
         "same" are the two halves of the rule, whatever the leaf is called, and "rule" itself says
         that it is right. Where shapes would allow another layout and there is no entry, a
         `LayoutWarning` lists the leaves.
+      split: how one parameter becomes several, as a fused q, k, v: a table, by name or pattern, to
+        the names of the parts, {r"(.*)\.in_proj_(.*)": (r"\1.q.\2", r"\1.k.\2", r"\1.v.\2")}.
+        It is cut along the first axis into equal parts; another axis, or sizes, by
+        `Split(names, axis, sizes)`. The other tables know the parts by their names.
+      stack: which layers become one leaf: a table of beginnings to the axis of layers in our leaf.
+        {"layers": 0} puts "layers.0.fc.weight", "layers.1.fc.weight" … into the leaf of
+        "layers.fc.weight", a name that the other tables know as well.
+      heads: how many heads a leaf has that has an axis of them where PyTorch has one axis for all,
+        by name or pattern: (h·d, in) becomes (in, h, d), (out, h·d) becomes (h, d, out), and a bias
+        (h·d,) becomes (h, d). Leaves of one axis stay.
       names: those of the parameters, where the state dict has no "param_names". With one group it
         is a list in the order of `model.named_parameters()`. With several groups it is a list for
         each group, in the optimizer's order. A table by PyTorch's numbers says it most plainly.
@@ -116,18 +130,24 @@ def from_torch(
     groups, entries = form.groups, form.entries
     first = abstract_state(tx, params, caller)
     parts, ours = memories(tx, first, caller)
-    leaves = trained(params)
-    sizes = sizes_by_name(leaves, mapping, caller)
-    called = names_by_number(form, names, sizes, caller)
+    leaves, rules = trained(params), Rules(mapping, transpose, split, stack, heads)
+    expect_rules(rules, caller)
+    called, cutter = named_parts(form, names, leaves, rules, caller)
     held = {path for its in ours.values() for path in all_leaves(its)}
-    pairs = pairs_of(
-        called.values(), leaves, mapping, transpose, caller, still=leaves.keys() - held
-    )
+    every = [part for name in called.values() for part in cutter(name)]
+    pairs = pairs_of(every, leaves, rules, caller, still=leaves.keys() - held)
     if extra := [str(i) for i in entries if i not in called]:
         raise ValueError(
             f"{caller}: left over the state of {some(extra)}, parameters which no group has."
         )
-    of = {name: entries.get(i, {}) for i, name in called.items() if name in pairs}
+    kinds = fields_by_name(groups)
+    cut = {
+        part: (entry, group)
+        for group in groups
+        for i in group["params"]
+        for part, entry in cut_entry(cutter, called[i], entries.get(i, {}), kinds).items()
+    }
+    of = {name: entry for name, (entry, _) in cut.items() if name in pairs}
     if blank := [name for name, entry in of.items() if not entry and pairs[name].path in held]:
         raise ValueError(
             f"{caller}: found no state of {some(blank)}; expected one for each "
@@ -141,7 +161,6 @@ def from_torch(
             f"{caller}: left over the state of {some(over)}, of which tx keeps none. Move with a "
             "tx that trains what PyTorch has trained, and freeze it with convert_state."
         )
-    kinds = fields_by_name(groups)
     kept = {field: True for entry in of.values() for field, its in entry.items() if its is not None}
     fields = [field for field in kept if field not in ("step", "mu_product")]
     expect_known(fields, kinds, caller)
@@ -157,49 +176,16 @@ def from_torch(
             f"{caller}: the state {has} ahead; expected the same optimizer on both sides, see "
             "presets.torch."
         )
-    by_group = [
-        (group, [pairs[called[i]] for i in group["params"] if called[i] in of]) for group in groups
-    ]
+    by_group = [(group, [pairs[name] for name in of if cut[name][1] is group]) for group in groups]
     expect_decays(by_group, decays(tx, first, caller), caller)
     expect_settings(by_group, tx, params, caller)
-    moments: dict[str, dict[str, Any]] = {}
+    moments = {}
     for field in fields:
-        its = moments[kinds[field]] = {}
         keep = all_leaves(ours[kinds[field]])
-        if lacks := [
-            name
-            for name, entry in of.items()
-            if entry.get(field) is None and pairs[name].path in keep
-        ]:
-            raise ValueError(
-                f"{caller}: found no {field} of {some(lacks)}; expected one for each parameter."
-            )
-        for name, entry in of.items():
-            if entry.get(field) is not None:
-                pair = pairs[name]
-                moment = pair.into(entry[field], leaves[pair.path], caller)
-                if moment.dtype.kind in "biu" and moment.dtype.itemsize == 1:
-                    raise ValueError(
-                        f"{caller}: {name}: found {field} of {moment.dtype}, codes of a quantized "
-                        "state; expected numbers in full precision. Decode them first."
-                    )
-                if kinds[field] not in ("mu", "trace") and (moment < 0).any():
-                    raise ValueError(
-                        f"{caller}: {name}: found {field} below 0, which no mean of squares is."
-                    )
-                its[pair.path] = jnp.array(
-                    moment.astype(np.float32) if moment.dtype.kind in "biu" else moment
-                )
+        moments[kinds[field]] = moment_by_path(field, kinds[field], of, pairs, leaves, keep, caller)
     warn_of_open(open_ways([pairs[name] for name in of], leaves), caller)
-    own_group = {called[i]: group for group in groups for i in group["params"]}
-    steps = steps_by_path(
-        {
-            pairs[name].path: step_of(name, entry, own_group[name], caller)
-            for name, entry in of.items()
-        },
-        count,
-        caller,
-    )
+    steps_found = {name: step_of(name, entry, cut[name][1], caller) for name, entry in of.items()}
+    steps = steps_by_path(same_steps(steps_found, pairs, caller), count, caller)
     return fill(tx, params, ForeignState(steps, max(steps.values(), default=0), moments), caller)
 
 
@@ -210,6 +196,9 @@ def to_torch(
     *,
     mapping: Names | None = None,
     transpose: Layouts | None = None,
+    split: Splits | None = None,
+    stack: Stacks | None = None,
+    heads: Heads | None = None,
     names: ParamNames | None = None,
 ) -> dict[str, Any]:
     """The state dict of a PyTorch optimizer in a run of ours.
@@ -225,6 +214,9 @@ def to_torch(
       like: the state dict of the optimizer that goes on, fresh or not. Its "param_groups" stay.
       mapping: as in `from_torch`, from PyTorch's names to ours.
       transpose: as in `from_torch`, from PyTorch's arrays to ours.
+      split: as in `from_torch`.
+      stack: as in `from_torch`.
+      heads: as in `from_torch`.
       names: as in `from_torch`.
 
     Returns:
@@ -256,12 +248,13 @@ def to_torch(
         options = options_of(target_of(name, mapping, caller) or "")
         return not any(is_frozen(path) for is_frozen in frozen for path in options)
 
-    sizes = sizes_by_name(leaves, mapping, caller)
-    all_called = names_by_number(form, names, sizes, caller)
-    called = {i: name for i, name in all_called.items() if is_trained(name)}
-    pairs = pairs_of(called.values(), leaves, mapping, transpose, caller)
+    rules = Rules(mapping, transpose, split, stack, heads)
+    expect_rules(rules, caller)
+    called, parts = named_parts(form, names, leaves, rules, caller)
+    every = [part for name in called.values() for part in parts(name) if is_trained(part)]
+    pairs = pairs_of(every, leaves, rules, caller)
     by_group = [
-        (group, [pairs[called[i]] for i in group["params"] if called.get(i) in pairs])
+        (group, [pairs[p] for i in group["params"] for p in parts(called[i]) if p in pairs])
         for group in groups
     ]
     expect_decays(by_group, decays(tx, state, caller), caller)
@@ -270,12 +263,16 @@ def to_torch(
     groups = [group | ({"step": run.count} if "step" in group else {}) for group in groups]
     also |= {"mu_product": np.float32(1 - run.ahead)} if run.ahead is not None else {}
 
-    def entry(pair: Pair) -> dict[str, Any]:
-        return also | {
-            fields[kind]: pair.way.back(np.asarray(its[pair.path]))
-            for kind, its in run.moments.items()
-        }
+    def moment(name: str, kind: str) -> np.ndarray:
+        def part_of(part: str) -> np.ndarray:
+            return pairs[part].out_of(np.asarray(run.moments[kind][pairs[part].path]), caller)
+
+        return parts.join(name, part_of)
 
     warn_of_open(open_ways(pairs.values(), leaves), caller)
-    found = {i: entry(pairs[name]) for i, name in called.items() if name in pairs}
+    found = {
+        i: also | {fields[kind]: moment(name, kind) for kind in run.moments}
+        for i, name in called.items()
+        if expect_all_parts(parts(name), pairs, name, caller)
+    }
     return form.rebuild(groups, found)

@@ -48,12 +48,22 @@ class Way(NamedTuple):
       back: the inverse.
       axes: the permutation that `there` is; `None` for functions of the user.
       told: whether the user said it.
+      heads: how many heads one axis of our leaf has, beside the size of each; `None` if none.
     """
 
     there: Convert
     back: Convert
     axes: Axes | None
     told: bool
+    heads: int | None = None
+
+    def merged(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes that a leaf can have whose heads are one axis with the size of each."""
+        return [
+            (*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :])
+            for i in range(len(shape) - 1)
+            if shape[i] == self.heads
+        ]
 
 
 def entry_of(table: Mapping[str, T], names: Iterable[str]) -> T | None:
@@ -94,9 +104,14 @@ def unused_of(table: Any, names: Iterable[str]) -> list[str]:
 
 
 def way_of(
-    names: Sequence[str], path: str, ndim: int, transpose: Layouts | None, caller: str
+    names: Sequence[str],
+    path: str,
+    ndim: int,
+    transpose: Layouts | None,
+    heads: Mapping[str, int] | None,
+    caller: str,
 ) -> Way:
-    """Returns the way between an array of PyTorch, of `ndim` axes, and the leaf at `path`.
+    """Returns the way between an array of PyTorch and the leaf at `path`, of `ndim` axes.
 
     The names are PyTorch's, and the same without what wraps the model.
 
@@ -108,6 +123,8 @@ def way_of(
     if isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given)):
         there, back = given
         return Way(there, back, None, True)  # type: ignore[arg-type]
+    count = entry_of(heads or {}, names) if ndim > 1 else None
+    ndim -= count is not None
     word = given if isinstance(given, str) else "rule"
     kernel = word == "kernel" or (word == "rule" and path.rpartition("/")[2] == "kernel")
     axes: Any = _as_kernel(ndim) if kernel else tuple(range(ndim))
@@ -126,7 +143,8 @@ def way_of(
         )
     inverse = np.argsort(axes).tolist()
     axes = tuple(axes)
-    return Way(lambda x: x.transpose(axes), lambda x: x.transpose(inverse), axes, given is not None)
+    there, back = (lambda x: x.transpose(axes)), (lambda x: x.transpose(inverse))
+    return Way(there, back, axes, given is not None, count)
 
 
 def _as_kernel(ndim: int) -> Axes:
@@ -155,6 +173,9 @@ def is_open(path: str, leaf: tuple[int, ...], way: Way) -> bool:
     """
     if way.told or way.axes is None or path.rpartition("/")[2] in ELEMENTWISE:
         return False
+    if way.heads is not None:
+        options = way.merged(leaf)
+        return len(options) > 1 or any(is_open(path, o, way._replace(heads=None)) for o in options)
     shape = [0] * len(leaf)
     for place, axis in enumerate(way.axes):
         shape[axis] = leaf[place]

@@ -15,8 +15,27 @@ from typing import Any, TypeAlias
 from adam_jax._core.errors import brief, some
 from adam_jax.migrate.torch_forms import Form
 from adam_jax.migrate.torch_names import TAKE_THEM
+from adam_jax.migrate.torch_pairs import sizes_by_name
+from adam_jax.migrate.torch_parts import Parts
+from adam_jax.migrate.torch_rules import Rules
 
 ParamNames: TypeAlias = Sequence[str] | Sequence[Sequence[str]] | Mapping[int, str]
+
+
+def named_parts(
+    form: Form, names: ParamNames | None, leaves: Mapping[str, Any], rules: Rules, caller: str
+) -> tuple[dict[int, str], Parts]:
+    """Returns the names by number, and the parts that they are cut into."""
+    known: dict[str, int | None] = {}
+
+    def size_of(name: str) -> int | None:
+        if name not in known:
+            parts = Parts([name], rules.split, rules.mapping, caller, whole=False)
+            known[name] = sizes_by_name(leaves, rules, parts, caller)(name)
+        return known[name]
+
+    called = names_by_number(form, names, size_of, caller)
+    return called, Parts(called.values(), rules.split, rules.mapping, caller)
 
 
 def names_by_number(

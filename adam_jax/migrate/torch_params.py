@@ -15,7 +15,15 @@ import numpy as np
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import by_its_path, path_of
 from adam_jax.migrate.torch_layout import Layouts, warn_of_open
-from adam_jax.migrate.torch_names import Names, expect_table, open_ways, pairs_of
+from adam_jax.migrate.torch_names import Names, expect_table
+from adam_jax.migrate.torch_pairs import (
+    expect_all_parts,
+    gathered,
+    open_ways,
+    pairs_of,
+)
+from adam_jax.migrate.torch_parts import Heads, Parts, Splits, Stacks
+from adam_jax.migrate.torch_rules import Rules, expect_rules
 
 
 def params_from_torch(
@@ -24,6 +32,9 @@ def params_from_torch(
     *,
     mapping: Names | None = None,
     transpose: Layouts | None = None,
+    split: Splits | None = None,
+    stack: Stacks | None = None,
+    heads: Heads | None = None,
 ) -> PyTree:
     """Parameters, or the statistics of normalisation, from those of a PyTorch model.
 
@@ -35,6 +46,9 @@ def params_from_torch(
         an Equinox module's arrays.
       mapping: as in `from_torch`.
       transpose: as in `from_torch`.
+      split: as in `from_torch`.
+      stack: as in `from_torch`.
+      heads: as in `from_torch`.
 
     Returns:
       A tree like `params`, of new arrays.
@@ -46,16 +60,26 @@ def params_from_torch(
     """
     caller = "params_from_torch"
     expect_table(state_dict, caller)
-    leaves = by_its_path(params)
-    found: dict[str, np.ndarray] = {}
-    pairs = pairs_of(state_dict, leaves, mapping, transpose, caller, tied=True)
+    leaves, rules = by_its_path(params), Rules(mapping, transpose, split, stack, heads)
+    expect_rules(rules, caller)
+    parts = Parts(state_dict, split, mapping, caller)
+    tensors = {
+        part: x for name in state_dict for part, x in parts.cut(name, state_dict[name]).items()
+    }
+    pairs = pairs_of(tensors, leaves, rules, caller, tied=True)
+    made: dict[str, np.ndarray] = {}
+    first: dict[Any, np.ndarray] = {}
     for name, pair in pairs.items():
-        array = pair.into(state_dict[name], leaves[pair.path], caller)
-        if not np.array_equal(found.setdefault(pair.path, array), array, equal_nan=True):
+        array = made[name] = pair.into(tensors[name], leaves[pair.path], caller)
+        place = pair.path, pair.layer
+        if not np.array_equal(first.setdefault(place, array), array, equal_nan=True):
             raise ValueError(
                 f"{caller}: found that {name!r} and another name are both mapped to {pair.path}, "
-                "and differ; expected one for each leaf, or weights that are tied."
+                "and differ; expected one for each leaf, or weights that are tied. Layers become "
+                "one leaf with stack={'layers': 0}."
             )
+    tied = {(pair.path, pair.layer): pair for pair in pairs.values()}
+    found = gathered(tied.values(), made)
     warn_of_open(open_ways(pairs.values(), leaves), caller)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.array(found[path_of(path)], leaf.dtype), params
@@ -68,6 +92,9 @@ def params_to_torch(
     *,
     mapping: Names | None = None,
     transpose: Layouts | None = None,
+    split: Splits | None = None,
+    stack: Stacks | None = None,
+    heads: Heads | None = None,
 ) -> dict[str, Any]:
     """The way back of `params_from_torch`.
 
@@ -79,6 +106,9 @@ def params_to_torch(
       like: `model.state_dict()`, or a part of it: the names and shapes.
       mapping: as in `from_torch`, from PyTorch's names to ours.
       transpose: as in `from_torch`, from PyTorch's arrays to ours.
+      split: as in `from_torch`.
+      stack: as in `from_torch`.
+      heads: as in `from_torch`.
 
     Returns:
       NumPy arrays by PyTorch's names, and what has no place in `params` as it is in `like`.
@@ -89,17 +119,22 @@ def params_to_torch(
     """
     caller = "params_to_torch"
     expect_table(like, caller)
-    leaves = by_its_path(params)
-    found = dict(like)
-    pairs = pairs_of(like, leaves, mapping, transpose, caller, tied=True)
+    leaves, rules = by_its_path(params), Rules(mapping, transpose, split, stack, heads)
+    expect_rules(rules, caller)
+    found, parts = dict(like), Parts(like, split, mapping, caller)
+    tensors = {p: x for name, its in like.items() for p, x in parts.cut(name, its).items()}
+    pairs = pairs_of(tensors, leaves, rules, caller, tied=True)
     for name, pair in pairs.items():
-        pair.into(
-            like[name], leaves[pair.path], caller
-        )  # the same shapes, or an error that says which
-        leaf = leaves[pair.path]
+        pair.into(tensors[name], leaves[pair.path], caller)  # an error where shapes differ
+
+    def part_of(name: str) -> np.ndarray:
+        leaf = leaves[pairs[name].path]
         # PyTorch takes no array in a dtype of ml_dtypes.
-        found[name] = pair.way.back(
-            np.asarray(leaf, np.float32) if leaf.dtype == jnp.bfloat16 else np.asarray(leaf)
-        )
+        wide = np.float32 if leaf.dtype == jnp.bfloat16 else None
+        return pairs[name].out_of(np.asarray(leaf, wide), caller)
+
+    for name in like:
+        if expect_all_parts(parts(name), pairs, name, caller):
+            found[name] = parts.join(name, part_of)
     warn_of_open(open_ways(pairs.values(), leaves), caller)
     return found

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from adam_jax._core.leaves import PyTree
 from adam_jax.diagnostics.description import Leaf, describe
 from adam_jax.migrate.configured import settings_by_path
-from adam_jax.migrate.torch_names import Pair
+from adam_jax.migrate.torch_pairs import Pair
 
 SETTINGS = (
     "eps",

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from adam_jax._core.errors import some
 from adam_jax.migrate.counted import whole
 from adam_jax.migrate.torch_names import number_array
+from adam_jax.migrate.torch_pairs import Pair, gathered
+from adam_jax.migrate.torch_parts import Parts
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu", "exp_inf": "infinity", "max_exp_avg_sq": "raw nu_max"}
 
@@ -104,3 +109,84 @@ def step_of(name: str, entry: Mapping[str, Any], group: Mapping[str, Any], calle
             f"{caller}: found step {both[0]} of {name}, and {both[1]} in its group; expected one."
         )
     return own
+
+
+def cut_entry(
+    parts: Parts, name: str, entry: Mapping[str, Any], kinds: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The state of each part of a parameter; what is no moment each part has."""
+    cut = {
+        field: parts.cut(name, x) for field, x in entry.items() if field in kinds and x is not None
+    }
+    return {
+        part: {field: cut[field][part] if field in cut else x for field, x in entry.items()}
+        for part in parts(name)
+    }
+
+
+def moment_by_path(
+    field: str,
+    kind: str,
+    entries: Mapping[str, Mapping[str, Any]],
+    pairs: Mapping[str, Pair],
+    leaves: Mapping[str, Any],
+    keep: Mapping[str, Any],
+    caller: str,
+) -> dict[str, Any]:
+    """The leaves of one moment, by path.
+
+    Args:
+      field: what PyTorch calls it.
+      kind: what it is.
+      entries: the states by name.
+      pairs: names and leaves.
+      leaves: the parameters, by path.
+      keep: the leaves that have this moment, by path.
+      caller: the function that the user called.
+
+    Raises:
+      ValueError: for a moment that is missing, has another shape, or cannot be one.
+    """
+    if lacks := [
+        name
+        for name, entry in entries.items()
+        if entry.get(field) is None and pairs[name].path in keep
+    ]:
+        raise ValueError(
+            f"{caller}: found no {field} of {some(lacks)}; expected one for each parameter."
+        )
+    made: dict[str, np.ndarray] = {}
+    for name, entry in entries.items():
+        if entry.get(field) is None:
+            continue
+        moment = pairs[name].into(entry[field], leaves[pairs[name].path], caller)
+        if moment.dtype.kind in "biu" and moment.dtype.itemsize == 1:
+            raise ValueError(
+                f"{caller}: {name}: found {field} of {moment.dtype}, codes of a quantized "
+                "state; expected numbers in full precision. Decode them first."
+            )
+        if kind not in ("mu", "trace") and (moment < 0).any():
+            raise ValueError(
+                f"{caller}: {name}: found {field} below 0, which no mean of squares is."
+            )
+        made[name] = moment.astype(np.float32) if moment.dtype.kind in "biu" else moment
+    return {path: jnp.array(x) for path, x in gathered([pairs[n] for n in made], made).items()}
+
+
+def same_steps(steps: Mapping[str, Any], pairs: Mapping[str, Pair], caller: str) -> dict[str, Any]:
+    """The steps by path, of those by name.
+
+    Raises:
+      ValueError: where layers of one leaf have taken other steps.
+    """
+    made: dict[str, Any] = {}
+    for name, step in steps.items():
+        path = pairs[name].path
+        known = path in made and step is not None and made[path] is not None
+        first = made.setdefault(path, step)
+        if known and number_array(step, name, caller) != number_array(first, name, caller):
+            raise ValueError(
+                f"{caller}: found that layers of {path} have taken other steps; expected as many "
+                "of each. Let layers that were thawed late be a leaf of their own."
+            )
+    return made

@@ -27,6 +27,7 @@ class Drawn:
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         self.tensors, self.leaves, self.mapping, self.told = {}, {}, {}, {}
+        self.rules = {"split": {}, "heads": {}}
         self.flax = bool(self.rng.integers(2))
         kinds = [linear, conv, embedding, layer_norm, attention, conv1d]
         # "z" before "a": the order of modules is not that of the alphabet.
@@ -78,9 +79,24 @@ def layer_norm(model, name):
 
 
 def attention(model, name):
+    """With its projections in one leaf, or cut into three, of which each has heads."""
     d = model.size()
-    model.kernel(f"{name}.in_proj_weight", (3 * d, d), f"{name}/in")
-    model.add(f"{name}.in_proj_bias", (3 * d,), f"{name}/in/bias", lambda x: x, "same")
+    if model.flax and d == 4 and model.rng.integers(2):
+        for kind in ("weight", "bias"):
+            fused = f"{name}.in_proj_{kind}"
+            shape = (3 * d, d) if kind == "weight" else (3 * d,)
+            x = model.tensors[fused] = model.rng.standard_normal(shape).astype(np.float32)
+            model.rules["split"][fused] = [f"{name}.{part}.{kind}" for part in "qkv"]
+            for i, part in enumerate("qkv"):
+                own, path = x[i * d : (i + 1) * d], f"{name}/{part}"
+                path += "/kernel" if kind == "weight" else "/bias"
+                model.leaves[path] = own.T.reshape(*own.T.shape[:-1], 2, 2)
+                cut = f"{name}.{part}.{kind}"
+                model.mapping[cut], model.rules["heads"][cut] = path, 2
+                model.told[cut] = "kernel" if kind == "weight" else "same"
+    else:
+        model.kernel(f"{name}.in_proj_weight", (3 * d, d), f"{name}/in")
+        model.add(f"{name}.in_proj_bias", (3 * d,), f"{name}/in/bias", lambda x: x, "same")
     model.kernel(f"{name}.out_proj.weight", (d, d), f"{name}/out")
     model.add(f"{name}.out_proj.bias", (d,), f"{name}/out/bias", lambda x: x, "same")
 
@@ -188,7 +204,7 @@ def test_what_is_accepted_without_a_warning_is_right():
         model = Drawn(seed)
         groups = groups_of(model)
         like = tree({path: np.zeros(x.shape, np.float32) for path, x in model.leaves.items()})
-        rules = {"mapping": model.mapping}
+        rules = {"mapping": model.mapping, **model.rules}
         if model.rng.integers(2):
             rules["transpose"] = model.told
         result = attempt(aj.migrate.params_from_torch, model.tensors, like, **rules)
