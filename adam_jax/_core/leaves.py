@@ -2,7 +2,8 @@
 
 A floating or complex leaf is trained. `None` and `optax.MaskedNode` are empty subtrees to JAX, so
 no function sees them. An integer leaf, whose gradient is `float0`, is handed on as it came and has
-`None` in the state.
+`None` in the state. A module of Equinox has leaves that are no arrays, such as functions and rates
+of dropout. They are taken for `None`, as are the gradients that Equinox gives them.
 """
 
 from __future__ import annotations
@@ -125,6 +126,62 @@ def as_wide_as(leaf: Any, *others: Any) -> Any:
 def like_params(make: Callable[[Any], Any], params: PyTree) -> PyTree:
     """A state tree: `make(leaf)` where a leaf takes part, `None` where it does not."""
     return jax.tree.map(lambda p: make(p) if takes_part(p) else None, params)
+
+
+def is_module(node: Any) -> bool:
+    """Whether it is a module of Equinox, by its classes' names. Equinox need not be there."""
+    return any(
+        kind.__name__ == "Module" and kind.__module__.startswith("equinox.")
+        for kind in type(node).__mro__
+    )
+
+
+def arrays_of(params: PyTree) -> PyTree:
+    """Returns parameters with `None` for the leaves of Equinox's modules that are no arrays.
+
+    Elsewhere a Python number is a parameter, and a function is an error. In a module a number is a
+    setting: `eqx.nn.Dropout` has its rate among the leaves.
+    """
+    if not any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
+        return params
+
+    def kept(node: Any) -> Any:
+        if not is_module(node):
+            return node
+        return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, node)
+
+    return jax.tree.map(kept, params, is_leaf=is_module)
+
+
+def beside(updates: PyTree, params: PyTree) -> PyTree:
+    """Returns parameters without the leaves that have no gradient and cannot be trained.
+
+    Beside the gradients of `eqx.filter_grad`, which are `None` for them, a whole module stands:
+    functions, settings, arrays of integers. A leaf that could be trained stays, so that `lift` says
+    that its gradient is missing.
+    """
+    given: Any = jax.tree.structure(params)
+    if params is None or given == jax.tree.structure(updates):
+        return params
+
+    def kept(update: Any, param: Any) -> Any:
+        if update is None and not any(map(_trainable, jax.tree.leaves(param))):
+            return None
+        return param
+
+    try:
+        return jax.tree.map(kept, updates, params, is_leaf=lambda update: update is None)
+    except (ValueError, TypeError):
+        return params  # another tree: `lift` says in what it differs
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether it is an array or its shape. A Python number is none."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _trainable(leaf: Any) -> bool:
+    return _is_array(leaf) and takes_part(leaf)
 
 
 def find_nodes(tree: PyTree, kind: type) -> list[Any]:

@@ -25,7 +25,7 @@ from adam_jax._core.context import Context
 from adam_jax._core.errors import brief, expect_array
 from adam_jax._core.identity import expect_state
 from adam_jax._core.interface import Interface
-from adam_jax._core.leaves import PyTree
+from adam_jax._core.leaves import PyTree, arrays_of, beside
 from adam_jax._core.lift import expect_gradients
 from adam_jax._core.spec import Spec, is_transformation, show, swapped
 
@@ -68,6 +68,7 @@ def _of_arrays(caller: str, *trees: PyTree) -> Iterator[None]:
 
 class _Init(_Function):
     def __call__(self, params: PyTree) -> PyTree:
+        params = arrays_of(params)
         with _of_arrays(f"{self.spec.constructor.__name__}: init", params):
             return self.spec.init(params)
 
@@ -78,6 +79,7 @@ class _Update(_Function):
     ) -> tuple[Any, Any]:
         expect_state(self.spec, state, f"{self.spec.constructor.__name__}: update")
         state = _of_jax(state)
+        params = beside(updates, params)
         expect_gradients(updates, params, f"{self.spec.constructor.__name__}: update")
         with _of_arrays(f"{self.spec.constructor.__name__}: update", updates, params):
             return self.spec.update(

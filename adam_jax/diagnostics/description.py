@@ -16,7 +16,7 @@ import optax
 from adam_jax._core.configuration import scalar_fields
 from adam_jax._core.errors import brief, some
 from adam_jax._core.hyperparams import Multiplied, Settable
-from adam_jax._core.leaves import PyTree, dtype_of, takes_part
+from adam_jax._core.leaves import PyTree, arrays_of, dtype_of, takes_part
 from adam_jax._core.paths import Parameters, is_scale, owner, paths
 from adam_jax._core.spec import all_specs, is_transformation, show, swapped
 from adam_jax._core.transformation import Transformation, abstract_state
@@ -167,6 +167,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
             f"describe: found {brief(tx)}; expected a gradient transformation, and the parameters "
             f"after it.{hint}"
         )
+    params = arrays_of(params)
     located = jax.tree_util.tree_flatten_with_path(params)[0]
     state = abstract_state(tx, params, "describe")
     own_shapes = {keys: np.shape(leaf) for keys, leaf in located}

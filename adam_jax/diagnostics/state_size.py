@@ -12,7 +12,7 @@ import optax
 
 from adam_jax._core.configuration import moment_states
 from adam_jax._core.errors import brief
-from adam_jax._core.leaves import PyTree, dtype_of, finfo, takes_part
+from adam_jax._core.leaves import PyTree, arrays_of, dtype_of, finfo, takes_part
 from adam_jax._core.paths import is_scale, path_of
 from adam_jax._core.spec import all_specs, show, spec_of, swapped, wrapped
 from adam_jax._core.transformation import abstract_state
@@ -116,6 +116,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
             f"state_bytes: found {brief(tx)}; expected a gradient transformation, and the "
             f"parameters after it.{hint}"
         )
+    params = arrays_of(params)
     state = abstract_state(tx, params, "state_bytes")
     sizes = dict.fromkeys(("mu", "nu", "rounding", "other"), 0)
     parts = OF_OTHERS | parts_of(tx)

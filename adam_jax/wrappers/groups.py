@@ -205,7 +205,9 @@ def _listed(names: Iterable[str]) -> str:
 def only(name: str, its: list[str], tree: PyTree) -> PyTree:
     """Returns the tree with the leaves of one group alone.
 
-    The boxes of other leaves are left out, since not all of Flax's can hold nothing.
+    The boxes of other leaves are left out, since not all of Flax's can hold nothing. A leaf of
+    others that is not trained is `None`, as its gradient may be: a masked node would be another
+    tree.
     """
     groups = iter(its)
 
@@ -213,6 +215,8 @@ def only(name: str, its: list[str], tree: PyTree) -> PyTree:
         structure: Any
         leaves, structure = jax.tree.flatten(node)
         mine = [x if next(groups) == name else optax.MaskedNode() for x in leaves]
+        if not is_box(node) and hasattr(node, "dtype") and not takes_part(node):
+            return mine[0] if jax.tree.leaves(mine) else None
         return (
             structure.unflatten(mine) if jax.tree.leaves(mine) or not leaves else optax.MaskedNode()
         )
