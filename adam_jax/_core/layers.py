@@ -14,17 +14,14 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 
+from adam_jax._core.boxes import names_of_axes
 from adam_jax._core.errors import brief, some
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import is_box, paths
 
 LayerAxes: TypeAlias = Mapping[str, int | tuple[int, ...]]
 """Axes by patterns: each is a regular expression for a whole path, as in `by_path`."""
-
-METADATA = ("out_sharding", "sharding_names", "sharding")
-"""Where the boxes of NNX keep the names of axes, by version. Those of linen have `names`."""
 
 
 def expect_layer_axes(layer_axes: LayerAxes | None) -> None:
@@ -144,7 +141,7 @@ def flax_layer_axes(params: PyTree, name: str = "layers") -> dict[str, int | tup
     seen = set()
     for node in nodes:
         for path in [next(located) for _ in jax.tree.leaves(node)]:
-            of_node = _names_of_axes(node) if is_box(node) else ()
+            of_node = names_of_axes(node) if is_box(node) else ()
             seen |= {of for of in of_node if isinstance(of, str)}
             layers = tuple(axis for axis, of in enumerate(of_node) if of == name)
             if layers:
@@ -156,14 +153,3 @@ def flax_layer_axes(params: PyTree, name: str = "layers") -> dict[str, int | tup
             'layer_axes={"layers/.*": 0}.'
         )
     return axes
-
-
-def _names_of_axes(box: Any) -> tuple[Any, ...]:
-    """Returns what a box calls the axes of its array; `()` where it does not say."""
-    metadata = box.get_metadata() if hasattr(box, "get_metadata") else {}
-    sources = [getattr(box, "names", None), *(metadata.get(key) for key in METADATA)]
-    for names in sources:
-        axes = getattr(names, "spec", names)  # of a NamedSharding
-        if isinstance(axes, (tuple, PartitionSpec)) and len(axes):
-            return tuple(axes)
-    return ()

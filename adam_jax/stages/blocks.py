@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adam_jax._core.leaves import PyTree, takes_part
+from adam_jax._core.boxes import without_shared_names
+from adam_jax._core.leaves import PyTree, real_dtype, takes_part
 from adam_jax._core.sums import mean
+from adam_jax.storage.slot import MomentSlot
 
 Blocks: TypeAlias = Literal["leaf", "output"] | Callable[[str, tuple[int, ...]], tuple[int, ...]]
 
@@ -42,6 +44,16 @@ def expect_blocks(blocks: Blocks | None, grads: PyTree, nu: PyTree) -> None:
                 "shares it otherwise. Carry the run over with convert_state(state, from_tx, "
                 "to_tx, params), or pass the state that `init` of this one made."
             )
+
+
+def first_nu(blocks: Blocks | None, slot: MomentSlot, params: PyTree) -> PyTree:
+    """Returns ν before the first step, in the shapes that its blocks have."""
+
+    def first(path: Any, p: Any) -> Array | None:
+        return slot.first(shape_of_nu(blocks, path, p), real_dtype(p)) if takes_part(p) else None
+
+    nu = jax.tree_util.tree_map_with_path(first, params)
+    return nu if blocks is None else without_shared_names(nu)
 
 
 def shape_of_nu(blocks: Blocks | None, path: Any, leaf: Any) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._core.arithmetic import make_ema, multiply, widen
+from adam_jax._core.boxes import in_boxes_of
 from adam_jax._core.context import Context
 from adam_jax._core.decorators import stage
 from adam_jax._core.errors import brief, expect_one_of
@@ -26,17 +27,10 @@ from adam_jax._core.hyperparams import (
     complement,
     increment,
 )
-from adam_jax._core.leaves import (
-    PyTree,
-    as_wide_as,
-    real_dtype,
-    scalar_dtype,
-    takes_part,
-    wide_dtype,
-)
+from adam_jax._core.leaves import PyTree, as_wide_as, like_params, scalar_dtype
 from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition
-from adam_jax.stages.blocks import Blocks, block_mean, expect_blocks, shape_of_nu
+from adam_jax.stages.blocks import Blocks, block_mean, expect_blocks, first_nu
 from adam_jax.stages.moments import Moments, accumulate_weight, per_leaf
 from adam_jax.stages.rules import NU_RULES, STATES, nu_of_gradient
 from adam_jax.stages.saturation import limit_gradients
@@ -78,9 +72,8 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
       mu_rule: "mean", or "sum" for mu ← b1·mu + g, the heavy ball that other frameworks call
         momentum. It has weight 1.
       nu_rule: how ν moves. "square" averages |g|² (Adam), "belief" |g − mu|² and adds nu_eps
-        (AdaBelief), "yogi" steps towards
-        |g|² by (1 − b2)·|g|² at most, "infinity" takes max(b2·nu, |g| + nu_eps), whose weight is 1
-        (AdaMax).
+        (AdaBelief), "yogi" steps towards |g|² by (1 − b2)·|g|² at most, "infinity" takes
+        max(b2·nu, |g| + nu_eps), whose weight is 1 (AdaMax).
       nu_eps: what the rules "belief" and "infinity" add at every step, ≥ 0.
       nu_init: where ν starts, ≥ 0.
       nu_delay: hand on the ν of the step before, which has not seen this gradient. The first step
@@ -153,16 +146,8 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
 
     def init(params: PyTree) -> Any:
         scalars = scalar_dtype(params)
-
-        def first(slot: MomentSlot, path: Any, p: Any) -> Array | None:
-            if not takes_part(p):
-                return None
-            if slot.name == "mu":
-                return slot.first(jnp.shape(p), wide_dtype(p))
-            return slot.first(shape_of_nu(blocks, path, p), real_dtype(p))
-
         kept = {
-            slot.name: jax.tree_util.tree_map_with_path(functools.partial(first, slot), params)
+            slot.name: slot.init(params) if slot.name == "mu" else first_nu(blocks, slot, params)
             for slot in slots
         }
         scales = all_first_scales(slots, kept)
@@ -188,6 +173,10 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
             nu_decay, nu_rate = jnp.where(first, zero, nu_decay), jnp.where(first, one, nu_rate)
             firsts = per_leaf(first)
 
+        shares, boxed = blocks is not None and b2 is not None, state
+        if shares:  # ν is in boxes of its own, which name fewer axes
+            trained = like_params(lambda g: g, grads)
+            state = state._replace(nu=in_boxes_of(state.nu, trained))
         old = {"mu": None, "nu": None} | {
             slot.name: slot.widen(getattr(state, slot.name), state.scales) for slot in slots
         }
@@ -234,6 +223,8 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
             StepBits(context.stream("track_moments"), count),
             context.selector,
         )
+        if shares:
+            kept["nu"] = in_boxes_of(kept["nu"], boxed.nu)
         nu = nu if b2 is not None else None
         weights, gathered = None, dict[str, Array]()
         if columns:
