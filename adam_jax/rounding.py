@@ -30,7 +30,7 @@ from adam_jax._core.decorators import stage
 from adam_jax._core.errors import expect_params
 from adam_jax._core.hyperparams import increment
 from adam_jax._core.layers import is_part
-from adam_jax._core.leaves import PyTree, as_wide, dtype_of, is_half, takes_part
+from adam_jax._core.leaves import PyTree, as_wide, dtype_of, full_beside, is_half, takes_part
 from adam_jax._core.lift import lift
 from adam_jax._core.paths import names
 from adam_jax._core.spec import Definition, Init, Update
@@ -152,7 +152,7 @@ def compensate() -> Definition:
     def init(params: PyTree) -> CompensateState:
         _expect_something_to_round(params, "compensate()")
         return CompensateState(
-            jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), np.int16), _split(params, params)[0])
+            jax.tree.map(lambda p: full_beside(p, 0, np.int16), _split(params, params)[0])
         )
 
     def update(

@@ -8,13 +8,14 @@ of dropout. They are taken for `None`, as are the gradients that Equinox gives t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, dtypes
+from jax import Array, dtypes, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree: TypeAlias = Any
 
@@ -210,3 +211,70 @@ def all_wide(tree: PyTree) -> PyTree:
 def is_shape(leaf: Any) -> bool:
     """Whether a leaf says a shape and a dtype, and has no values."""
     return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def full_beside(leaf: Any, value: Any, dtype: Any, shape: tuple[int, ...] | None = None) -> Array:
+    """Returns an array full of one number, on the devices on which a leaf is.
+
+    `jnp.full` would make all of it on the first device. `jnp.full_like` does what is needed of an
+    array whose shape is the leaf's, but neither for other shapes nor for a leaf that is traced: a
+    constant in a program has no reason to be sharded, so XLA makes it whole on each device.
+
+    Args:
+      leaf: an array, its shape, or a traced array.
+      value: the number, a scalar.
+      dtype: of the array.
+      shape: of the array; 1 along axes whose elements share a number. `None`: that of the leaf.
+    """
+    own = jnp.shape(leaf)
+    shape = own if shape is None else shape
+    number = jnp.asarray(value, dtype)
+    if not isinstance(leaf, jax.core.Tracer):
+        made = jnp.full(shape, number, device=_sharding_beside(leaf, own, shape))
+        # A program that is being traced may close over an array.
+        if not isinstance(leaf, Array) or not isinstance(made, jax.core.Tracer):
+            return made
+    # A choice that always falls on the number, but that the compiler takes for a function of the
+    # leaf: it then has the leaf's sharding, its type where mesh axes are explicit, and varies along
+    # the manual axes along which the leaf does.
+    barrier: Any = lax.optimization_barrier  # some versions of JAX leave it without types
+    never = barrier(np.asarray(False))
+    unread = lax.stop_gradient(leaf)
+    unread = (lax.real(unread) if jnp.iscomplexobj(unread) else unread).astype(dtype)
+    whole = jnp.where(never, unread, number)
+    shared = tuple(i for i, n in enumerate(shape) if n != own[i])
+    return jnp.max(whole, shared, keepdims=True, initial=number) if shared else whole
+
+
+def _sharding_beside(leaf: Any, own: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """Returns the sharding of an array beside a leaf, or `None` for the default device.
+
+    Axes along which the array has 1 are not cut.
+    """
+    sharding = getattr(leaf, "sharding", None)
+    # As JAX does: an array that was put nowhere in particular says nothing of others.
+    if sharding is None or not getattr(leaf, "_committed", True):
+        return None
+    if isinstance(sharding, NamedSharding) and shape != own:
+        entries = [*sharding.spec, *[None] * (len(own) - len(sharding.spec))]
+        kept = [e if n == of else None for e, n, of in zip(entries, shape, own, strict=True)]
+        return compiled_sharding(sharding.mesh, kept, sharding.memory_kind)
+    return sharding if shape == own or sharding.is_fully_replicated else None
+
+
+def compiled_sharding(mesh: Any, entries: Sequence[Any], memory_kind: Any = None) -> NamedSharding:
+    """Returns a sharding as a compiled program says it of what it returns.
+
+    Another spelling is another sharding to `jax.jit`, which then compiles a step twice: for the
+    fresh state and for the one that it returned.
+
+    Args:
+      mesh: the mesh.
+      entries: the mesh axes of each axis of an array, or `None`.
+      memory_kind: of the devices. `None`: the usual one.
+    """
+    kept = list(entries)
+    while kept and kept[-1] is None and AxisType.Explicit not in (mesh.axis_types or ()):
+        kept.pop()
+    spec: Any = PartitionSpec  # some versions of JAX leave it without types
+    return NamedSharding(mesh, spec(*kept), memory_kind=memory_kind)

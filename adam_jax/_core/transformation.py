@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh, NamedSharding
 
 from adam_jax._core.context import Context
 from adam_jax._core.errors import brief, expect_array
 from adam_jax._core.identity import expect_state
 from adam_jax._core.interface import Interface
-from adam_jax._core.leaves import PyTree, arrays_of, beside
+from adam_jax._core.leaves import PyTree, arrays_of, beside, compiled_sharding
 from adam_jax._core.lift import expect_gradients
 from adam_jax._core.spec import Spec, is_transformation, show, swapped
 
@@ -70,7 +71,32 @@ class _Init(_Function):
     def __call__(self, params: PyTree) -> PyTree:
         params = arrays_of(params)
         with _of_arrays(f"{self.spec.constructor.__name__}: init", params):
-            return self.spec.init(params)
+            return _replicated_beside(params, self.spec.init(params))
+
+
+def _replicated_beside(params: PyTree, state: PyTree) -> PyTree:
+    """Returns a state whose counts and scalars are on all devices of the parameters.
+
+    They are made on the first device. There, a step moves them as it is compiled, and is compiled
+    once more for the state that it returned; a checkpoint restores them to one device, where they
+    do not go with the parameters.
+    """
+    leaves = jax.tree.leaves((params, state))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return state
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    meshes = {its.mesh for its in shardings if isinstance(its, NamedSharding)}
+    if len(meshes) != 1 or isinstance(mesh := meshes.pop(), AbstractMesh):
+        return state
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or getattr(x, "_committed", True):
+            return x
+        # Each process has the same number: `jax.device_put` would ask all others whether it is so.
+        number, everywhere = np.asarray(x), compiled_sharding(mesh, [None] * x.ndim)
+        return jax.make_array_from_callback(x.shape, everywhere, lambda i: np.asarray(number[i]))
+
+    return jax.tree.map(leaf, state)
 
 
 class _Update(_Function):

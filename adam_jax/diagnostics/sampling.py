@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec
 
 from adam_jax._core.configuration import scalar_fields
 from adam_jax._core.context import Context, Interceptor
@@ -117,8 +118,9 @@ class Probe(Interceptor):
             whole = owner(path, jnp.shape(x), shapes)
             if whole is None:
                 return x
+            x = jnp.asarray(x)
             return (
-                self._take(jnp.asarray(x), shapes[whole]) if whole in chosen else jnp.asarray(x)[:0]
+                self._take(x, shapes[whole]) if whole in chosen else _everywhere(lambda x: x[:0], x)
             )
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -139,18 +141,37 @@ class Probe(Interceptor):
         ]  # an axis along which ν is shared
         # From the middle of a cell: the first row of a table is often one of a kind.
         starts = [min(s // 2, max(n - 1, 0)) for n, s in zip(leaf.shape, strides, strict=True)]
-        if max(strides, default=1) <= SLICED:
-            return lax.slice(leaf, starts, leaf.shape, strides)
-        places = jnp.ix_(
-            *(
-                np.arange(start, n, s)
-                for start, n, s in zip(starts, leaf.shape, strides, strict=True)
-            )
-        )
-        taken: Array = leaf.at[places].get(
-            indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-        )
-        return taken
+        return _everywhere(functools.partial(_grid, starts=starts, strides=strides), leaf)
+
+
+def _grid(leaf: Array, starts: Sequence[int], strides: Sequence[int]) -> Array:
+    """The elements of a grid."""
+    if max(strides, default=1) <= SLICED:
+        return lax.slice(leaf, starts, leaf.shape, strides)
+    places = jnp.ix_(
+        *(np.arange(start, n, s) for start, n, s in zip(starts, leaf.shape, strides, strict=True))
+    )
+    taken: Array = leaf.at[places].get(
+        indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+    )
+    return taken
+
+
+def _everywhere(take: Callable[[Array], Array], leaf: Array) -> Array:
+    """Returns what `take` makes of a leaf, on all devices where mesh axes are explicit.
+
+    There JAX neither slices an axis into parts that do not divide, nor joins samples of leaves that
+    are sharded differently.
+    """
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
+    explicit = sharding is not None and AxisType.Explicit in (sharding.mesh.axis_types or ())
+    if not explicit or not hasattr(jax.sharding, "auto_axes"):  # which JAX 0.6 has elsewhere
+        return take(leaf)
+    spec: Any = PartitionSpec  # some versions of JAX leave it without types
+    # The mesh of the leaf, because a program need not be in that of `jax.set_mesh`.
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        taken: Array = jax.sharding.auto_axes(take, out_sharding=spec())(leaf)
+    return taken
 
 
 def _chosen(shapes: Parameters) -> set[Any]:

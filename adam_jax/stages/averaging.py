@@ -24,6 +24,7 @@ from adam_jax._core.leaves import (
     as_wide_as,
     dtype_of,
     find_nodes,
+    full_beside,
     is_shape,
     leaving_dtype,
     like_params,
@@ -117,7 +118,7 @@ def average_parameters(decay: ScalarOrSchedule) -> Definition:
 def _first_average(param: Any) -> Array:
     """The parameter, or zeros in place of a shape: the first step gives them no weight."""
     if is_shape(param):
-        return jnp.zeros(param.shape, wide_dtype(param))
+        return full_beside(param, 0, wide_dtype(param))
     # A copy, even where the dtype is the same: a donated step must not be given one buffer twice.
     return jnp.array(param, wide_dtype(param), copy=True)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adam_jax._core.boxes import without_shared_names
-from adam_jax._core.leaves import PyTree, real_dtype, takes_part
+from adam_jax._core.leaves import PyTree, takes_part
 from adam_jax._core.sums import mean
 from adam_jax.storage.slot import MomentSlot
 
@@ -50,7 +50,7 @@ def first_nu(blocks: Blocks | None, slot: MomentSlot, params: PyTree) -> PyTree:
     """Returns ν before the first step, in the shapes that its blocks have."""
 
     def first(path: Any, p: Any) -> Array | None:
-        return slot.first(shape_of_nu(blocks, path, p), real_dtype(p)) if takes_part(p) else None
+        return slot.first(p, shape_of_nu(blocks, path, p)) if takes_part(p) else None
 
     nu = jax.tree_util.tree_map_with_path(first, params)
     return nu if blocks is None else without_shared_names(nu)

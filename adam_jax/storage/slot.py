@@ -13,6 +13,7 @@ from jax import Array
 
 from adam_jax._core.leaves import (
     PyTree,
+    full_beside,
     like_params,
     narrower_than_float32,
     real_dtype,
@@ -53,23 +54,26 @@ class MomentSlot(Slot):
         """
         return self.form.why_wide(shape, dtype)
 
-    def first(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The start as it is stored, in an array of a shape and of the dtype it is computed in."""
-        if self.why_wide(shape, dtype):
-            return jnp.full(shape, self.start, dtype)
-        start, scale = np.float32(self.start), self.form.first_scale(self.start, self.signed)
-        stored = self.form.store(jnp.full((), start), scale, HALF, self.signed)
-        return jnp.full(shape, stored)
-
-    def init(self, params: PyTree) -> PyTree:
-        """Returns the start of the moment, stored, for each trained parameter.
+    def first(self, param: Any, shape: tuple[int, ...] | None = None) -> Array:
+        """Returns the start as it is stored, on the devices on which a parameter is.
 
         It is real if the moment has no sign.
+
+        Args:
+          param: a trained parameter, or its shape.
+          shape: that of the moment, 1 along axes that share a number. `None`: the parameter's.
         """
-        return like_params(
-            lambda p: self.first(jnp.shape(p), wide_dtype(p) if self.signed else real_dtype(p)),
-            params,
-        )
+        shape = jnp.shape(param) if shape is None else shape
+        dtype = wide_dtype(param) if self.signed else real_dtype(param)
+        if self.why_wide(shape, dtype):
+            return full_beside(param, self.start, dtype, shape)
+        start, scale = np.float32(self.start), self.form.first_scale(self.start, self.signed)
+        stored = self.form.store(jnp.full((), start), scale, HALF, self.signed)
+        return full_beside(param, stored, stored.dtype, shape)
+
+    def init(self, params: PyTree) -> PyTree:
+        """Returns the start of the moment, stored, for each trained parameter."""
+        return like_params(self.first, params)
 
     def first_scales(self, tree: PyTree) -> Scales:
         """Returns the scales of a moment before the first step."""
@@ -80,13 +84,16 @@ class MomentSlot(Slot):
             # `optax.tree.map_params` makes a state of placeholders, which have no leaves. Where it
             # finds one array there, it leaves alone what stands in its place here: all scales.
             return {self.scale_key: jnp.zeros((), jnp.int16)}
-        first = self.form.first_scale(self.start, self.signed)
-        shapes = {
-            name: self.form.scale_shape(leaf.shape)
-            for name, leaf in zip(names(tree), leaves, strict=True)
-            if is_code(leaf)
+        first = jnp.asarray(self.form.first_scale(self.start, self.signed))
+        codes = {
+            name: leaf for name, leaf in zip(names(tree), leaves, strict=True) if is_code(leaf)
         }
-        return {self.scale_key: {name: jnp.full(shape, first) for name, shape in shapes.items()}}
+        return {
+            self.scale_key: {
+                name: full_beside(leaf, first, first.dtype, self.form.scale_shape(leaf.shape))
+                for name, leaf in codes.items()
+            }
+        }
 
     def widen(self, tree: PyTree, scales: Scales) -> PyTree:
         """A stored tree in float32, or in what is wider."""

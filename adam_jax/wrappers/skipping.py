@@ -101,7 +101,8 @@ def skip_wrapper(make: Callable[P, SkipWrapper]) -> Callable[P, Transformation]:
         inner = tx if isinstance(tx, Transformation) else optax.with_extra_args_support(tx)
 
         def init(params: PyTree) -> Any:
-            own = {name: jnp.asarray(value) for name, value in first.items()}
+            # A copy is placed as what a step computes is, also in a mesh with explicit axes.
+            own = {name: jnp.copy(jnp.asarray(value)) for name, value in first.items()}
             zero = jnp.zeros((), jnp.int32)
             return kind(inner.init(params), zero, jnp.zeros_like(zero), jnp.zeros((), bool), **own)
 

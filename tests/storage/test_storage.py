@@ -451,7 +451,7 @@ def test_equal_leaves_elements_and_steps_round_apart(how):
     params = [jnp.full((64, 64), 1.001953125 * 1.06)] * 2
     for rest in rests_of(how):
         scales = {f"{rest.name}_scale": dict.fromkeys("01", jnp.zeros((1, 1), jnp.int16))}
-        before = [rest.first((64, 64), jnp.float32)] * 2
+        before = [rest.first(jnp.zeros((64, 64)))] * 2
         narrow = jax.jit(
             lambda count, rest=rest, old=before, scales=scales: rest.narrow(
                 params, old, scales, StepBits("s", count)
@@ -472,7 +472,7 @@ def test_mu_and_nu_do_not_round_by_the_same_bits():
     ups = []
     for rest in rests_of("8bit"):
         scales = {f"{rest.name}_scale": {"0": jnp.zeros((1, 1), jnp.int16)}}
-        before = [rest.first((64, 64), jnp.float32)]
+        before = [rest.first(jnp.zeros((64, 64)))]
         kept, after = rest.narrow(
             [jnp.full((64, 64), 1.0625)], before, scales, StepBits("s", jnp.int32(1))
         )
