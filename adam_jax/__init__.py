@@ -19,7 +19,7 @@ from adam_jax.stages import (
 from adam_jax.apply import apply_updates
 from adam_jax.rounding import compensate, round_stochastically
 from adam_jax._core.chain import chain
-from adam_jax.wrappers import by_path, expect_progress, skip_nonfinite, skip_spikes
+from adam_jax.wrappers import by_path, expect_progress, manual_axes, skip_nonfinite, skip_spikes
 from adam_jax._core.hyperparams import settable
 from adam_jax._core.settings import hyperparameters, set_hyperparameters, set_step
 from adam_jax import family
@@ -68,6 +68,7 @@ __all__ = [
     "chain",
     "by_path",
     "expect_progress",
+    "manual_axes",
     "skip_nonfinite",
     "skip_spikes",
     "settable",

@@ -8,9 +8,11 @@ cut into parts so short that the parts of all terms add up exactly.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,28 +117,139 @@ def _jvp(axis: int, primals: Any, tangents: Any) -> Any:
     return sum_of_small(primals[0], axis), jnp.sum(tangents[0], axis, keepdims=True)
 
 
-def all_reduce(x: Array, reduce: Callable[..., Any], like: Any = None) -> Array:
-    """A number that all devices share.
+class ManualAxes(NamedTuple):
+    """What manual mesh axes mean, those of `jax.shard_map` and `jax.pmap`.
 
-    `reduce` is `lax.pmax` or the like, over the axes along which `jax.shard_map` has cut.
+    Attributes:
+      shared: axes along which devices train the same parameters: what they decide is one decision.
+      independent: axes along which each device trains parameters of its own.
+    """
 
-    Under `jax.jit` a reduction sees the whole array. Inside `jax.shard_map` it sees a part, and
-    what a state holds once must not come out differently on two devices. Along an axis that has not
-    cut the array the exchange is superfluous, and of one number.
+    shared: tuple[str, ...] = ()
+    independent: tuple[str, ...] = ()
+
+
+_NOTHING = ManualAxes()
+_TOLD: contextvars.ContextVar[ManualAxes] = contextvars.ContextVar("_TOLD", default=_NOTHING)
+
+
+@contextlib.contextmanager
+def told(axes: ManualAxes) -> Iterator[None]:
+    """While a step is traced, says what manual axes mean; those that are known already stay known.
+
+    It is no field of `Context`, because that does not pass through transformations of others.
+    """
+    known = _TOLD.get()
+    reset = _TOLD.set(ManualAxes(*(a + b for a, b in zip(known, axes, strict=True))))
+    try:
+        yield
+    finally:
+        _TOLD.reset(reset)
+
+
+def agreeing_axes(x: Any, like: Any, caller: str) -> tuple[str, ...]:
+    """Returns the manual axes along which devices have to agree on a number of the whole run.
+
+    Under `jax.jit` a number is of the whole arrays. Inside `jax.shard_map` it is of a device's
+    part, and what a state holds once must not come out differently on two devices. But members of a
+    population are not one run, and JAX does not know which is which.
+
+    Args:
+      x: what the device has found.
+      like: what the state holds in its place. Where JAX knows that it differs from device to
+        device, there are several runs.
+      caller: the function that the user called.
+
+    Raises:
+      ValueError: where devices may have found different numbers, and nobody has said whether they
+        have to agree.
+    """
+    axes = []
+    for axis in _manual_axes():
+        known = axis in _varies_along(lax.axis_index(axis))
+        if axis in _TOLD.get().independent or (known and axis not in _varies_along(x)):
+            continue
+        if axis in _TOLD.get().shared:
+            axes.append(axis)
+        elif not (known and axis in _varies_along(like)):
+            raise ValueError(_unknown(axis, caller))
+    return tuple(axes)
+
+
+def scale_axes(codes: Any, scale: Any) -> tuple[str, ...]:
+    """Returns the manual axes along which devices hold parts of what shares a scale.
+
+    Where JAX knows what differs from device to device, the types say so: codes that differ and have
+    one scale are parts of a row.
+
+    Raises:
+      ValueError: where JAX does not know, and nobody has said it.
+    """
+    axes = []
+    for axis in _manual_axes():
+        if axis in _TOLD.get().independent:
+            continue
+        if axis in _varies_along(lax.axis_index(axis)):
+            if axis in _varies_along(codes) and axis not in _varies_along(scale):
+                axes.append(axis)
+        elif axis in _TOLD.get().shared:
+            axes.append(axis)
+        else:
+            raise ValueError(_unknown(axis, "storage"))
+    return tuple(axes)
+
+
+def _unknown(axis: str, caller: str) -> str:
+    return (
+        f"{caller}: found the manual axis {axis!r} of jax.shard_map or jax.pmap, along which "
+        f"gradients may differ; expected to know whether its devices are one run. Wrap the whole "
+        f"optimizer: manual_axes(tx, shared={axis!r}) if all of them train the same parameters, "
+        f"whole or cut; manual_axes(tx, independent={axis!r}) if each trains a member of a "
+        "population. (With jax.pmap, give the axis a name: axis_name=.)"
+    )
+
+
+def all_reduce(x: Array, reduce: Callable[..., Any], axes: tuple[str, ...]) -> Array:
+    """A number that the devices along some axes share.
 
     Args:
       x: what each device has found in its part.
-      reduce: (x, axis name) -> what all devices along that axis have found.
-      like: an array that varies from device to device as the result has to: along axes on which it
-        varies nothing is exchanged. JAX does not know them under `check_vma=False`.
+      reduce: (x, axis name) -> what all devices along that axis have found, `lax.pmax` or the like.
+      axes: the axes.
     """
-    varies = () if like is None else _varies_along(like)
-    for axis in jax.sharding.get_abstract_mesh().manual_axes:
-        x = x if axis in varies else reduce(x, axis)
+    for axis in axes:
+        x = reduce(x, axis)
     return x
 
 
-def _varies_along(x: Array) -> Any:
+def vary_along(x: Any, axes: tuple[str, ...]) -> Any:
+    """Returns an array whose type says that it may differ along manual axes.
+
+    A choice between the array and itself, by something that differs: JAX has had several names for
+    the conversion.
+    """
+    for axis in axes:
+        index = lax.axis_index(axis)
+        if axis in _varies_along(index) and axis not in _varies_along(x):
+            x = jnp.where(index >= 0, x, x)
+    return x
+
+
+def vary_as(x: Any, like: Any) -> Any:
+    """Returns an array whose type differs along the manual axes along which another one's does."""
+    return vary_along(x, tuple(_varies_along(like)))
+
+
+def independent_axes(axes: ManualAxes) -> tuple[str, ...]:
+    """Returns those of the independent axes that are manual now."""
+    return tuple(axis for axis in _manual_axes() if axis in axes.independent)
+
+
+def _manual_axes() -> tuple[str, ...]:
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _varies_along(x: Any) -> Any:
     """Returns the axes of `jax.shard_map` along which an array differs between devices.
 
     It returns those that JAX knows of.

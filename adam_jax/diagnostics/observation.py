@@ -23,7 +23,7 @@ from adam_jax._core.errors import expect_integer, expect_params
 from adam_jax._core.hyperparams import increment
 from adam_jax._core.leaves import PyTree, find_nodes, takes_part
 from adam_jax._core.spec import Spec, all_specs, bind, show, wrapped
-from adam_jax._core.sums import all_reduce, optimization_barrier
+from adam_jax._core.sums import agreeing_axes, all_reduce, optimization_barrier, vary_as
 from adam_jax._core.transformation import (
     Transformation,
     call_update,
@@ -160,8 +160,8 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
             # Of a group without parameters that train, and of what it has not, there is nothing to
             # keep.
             return {"step": step} | {
-                name: all_reduce(found[name], lax.pmean)
-                for name in state.observed
+                name: _agreed(found[name], like)
+                for name, like in state.observed.items()
                 if name != "step"
             }
 
@@ -176,6 +176,12 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
 
     bound = bind(observe, (tx,), {"every": every, "sample": sample})
     return transformation(Spec(observe, bound, init, update, interface, inner={"": tx}))
+
+
+def _agreed(x: Array, like: Array) -> Array:
+    """A number of a whole run: the mean of those that its devices have found."""
+    agreed: Array = vary_as(all_reduce(x, lax.pmean, agreeing_axes(x, like, "observe")), like)
+    return agreed
 
 
 def _once(observed: dict[str, Array], tree: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from adam_jax._core.leaves import PyTree, finfo
-from adam_jax._core.sums import all_reduce
+from adam_jax._core.sums import all_reduce, scale_axes
 from adam_jax._core.tracing import traced_once
 from adam_jax.storage.scales import UNKNOWN, largest_along
 
@@ -240,7 +240,6 @@ class Codec:
         size = small_float(k)
         return (jnp.where(x < 0, -size, size) if self.signed else size).astype(self.dtype)
 
-    @traced_once("self")
     def next_exponent(self, code: Array, unit: Any) -> Any:
         """Returns the exponents of the units in which the next step encodes.
 
@@ -248,9 +247,14 @@ class Codec:
 
         From the codes and not from the moments: a CPU would compute those once more.
         """
+        return self._next_exponent(code, unit, scale_axes(code, unit))
+
+    # What is traced once is traced for all that it depends on: the axes are an argument.
+    @traced_once("self", "axes")
+    def _next_exponent(self, code: Array, unit: Any, axes: tuple[str, ...]) -> Any:
         exponent, coarse = self._layout(unit)
         largest = largest_along(lax.abs(code.astype(np.float32)), unit)
-        largest = all_reduce(largest, lax.pmax, like=unit).astype(np.int32)
+        largest = all_reduce(largest, lax.pmax, axes).astype(np.int32)
         octave = exponent + (self._even(largest, coarse) >> _FRACTION)
         return jnp.where(largest == 0, UNKNOWN, self._clear(octave))
 

@@ -11,6 +11,7 @@ second copy of the state, and nothing waits for the host.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from adam_jax._core.arithmetic import square
 from adam_jax._core.errors import expect_integer
 from adam_jax._core.hyperparams import Hyperparameter
 from adam_jax._core.leaves import PyTree, as_wide, finfo, scalar_dtype, takes_part, wide_dtype
-from adam_jax._core.sums import all_reduce
+from adam_jax._core.sums import agreeing_axes, all_reduce
 from adam_jax.wrappers.skipping import (
     SkipNonfiniteState,
     SkipSpikesState,
@@ -31,8 +32,8 @@ from adam_jax.wrappers.skipping import (
 )
 
 
-def _finite(updates: PyTree) -> Array:
-    """Whether all elements are finite, on all devices."""
+def _finite(updates: PyTree, state: Any, caller: str) -> Array:
+    """Whether all elements are finite, on all devices of a run."""
     # By their sum, made so small that it cannot overflow: a sum of floats needs no array of its own
     # on any backend. The largest would tell as well, but XLA's maximum drops NaN on a CPU.
     parts = [
@@ -41,7 +42,8 @@ def _finite(updates: PyTree) -> Array:
         if takes_part(leaf)
     ]
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, parts), jnp.ones((), bool))
-    return all_reduce(finite.astype(jnp.int32), lax.pmin) == 1
+    axes = agreeing_axes(finite, state.skipped, caller)
+    return all_reduce(finite.astype(jnp.int32), lax.pmin, axes) == 1
 
 
 @skip_wrapper
@@ -74,7 +76,7 @@ def skip_nonfinite(
         max_consecutive,
         check,
         SkipNonfiniteState,
-        lambda updates, state: (_finite(updates), {}),
+        lambda updates, state: (_finite(updates, state, "skip_nonfinite"), {}),
     )
 
 
@@ -137,8 +139,8 @@ def skip_spikes(
         )
 
     def judge(updates: PyTree, state: SkipSpikesState) -> tuple[Array, dict[str, Array]]:
-        norm = _norm(updates)
-        finite = _finite(updates)
+        norm = _norm(updates, state)
+        finite = _finite(updates, state, "skip_spikes")
         logs = jnp.log(jnp.maximum(state.norms, finfo(np.float32).tiny))
         known = jnp.arange(window) < state.seen
         center = _median(logs, known)
@@ -164,7 +166,7 @@ def skip_spikes(
     return SkipWrapper(tx, max_consecutive, check, SkipSpikesState, judge, first)
 
 
-def _norm(updates: PyTree) -> Array:
+def _norm(updates: PyTree, state: SkipSpikesState) -> Array:
     """The Euclidean norm of all leaves; what is larger than float32 holds is infinite."""
     wide = scalar_dtype(updates)
     each = [
@@ -172,9 +174,9 @@ def _norm(updates: PyTree) -> Array:
         for leaf in jax.tree.leaves(updates)
         if takes_part(leaf)
     ]
-    return jnp.sqrt(
-        all_reduce(functools.reduce(jnp.add, each, jnp.zeros((), wide)), lax.psum)
-    ).astype(np.float32)
+    total = functools.reduce(jnp.add, each, jnp.zeros((), wide))
+    axes = agreeing_axes(total, state.skipped, "skip_spikes")
+    return jnp.sqrt(all_reduce(total, lax.psum, axes)).astype(np.float32)
 
 
 def _median(x: Array, known: Array) -> Array:

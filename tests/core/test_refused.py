@@ -469,6 +469,7 @@ TAKES_TX = {
     "to_torch": lambda state, tx: adam_jax.migrate.to_torch(tx, state, TORCH),
     "skip_nonfinite": lambda state, tx: adam_jax.skip_nonfinite(state),
     "skip_spikes": lambda state, tx: adam_jax.skip_spikes(state),
+    "manual_axes": lambda state, tx: adam_jax.manual_axes(state),
     "observe": lambda state, tx: adam_jax.observe(state),
 }
 TORCH = {"state": {}, "param_groups": [{"params": [0], "param_names": ["w"]}]}
@@ -477,7 +478,7 @@ TORCH = {"state": {}, "param_groups": [{"params": [0], "param_names": ["w"]}]}
 @pytest.mark.parametrize("name", TAKES_TX)
 def test_a_state_in_the_place_of_the_transformation(name):
     tx = adam_jax.adam(0.1)
-    wraps = name in ("skip_nonfinite", "skip_spikes", "observe")
+    wraps = name in ("skip_nonfinite", "skip_spikes", "manual_axes", "observe")
     says = (
         ()
         if wraps

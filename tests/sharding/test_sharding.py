@@ -675,7 +675,7 @@ def mapped():
     poison = gradients | {"w": gradients["w"].at[-1, -1].set(jnp.nan)}  # on the last device alone
     results = {}
     for storage in ("float32", "8bit"):
-        tx = aj.skip_nonfinite(aj.adam(1e-2, storage=storage))
+        tx = aj.manual_axes(aj.skip_nonfinite(aj.adam(1e-2, storage=storage)), shared="data")
         shardings = aj.state_shardings(tx, params, cut, mesh=mesh)
         spec = jax.tree.map(lambda its: its.spec, shardings)
 
@@ -692,7 +692,9 @@ def mapped():
             one, two = whole(*one, gradients), parts(*two, gradients)
         before, after = raw(one), raw(two)
         results[storage] = [path for path in before if before[path] != after[path]]
-        units = [jax.tree.map(unpack, its[1].inner_state[0].scales) for its in (one, two)]
+        units = [
+            jax.tree.map(unpack, its[1].inner_state.inner_state[0].scales) for its in (one, two)
+        ]
         results["scales differ"] = [
             jax.tree_util.keystr(path)
             for (path, cut), expected in zip(
@@ -707,8 +709,13 @@ def mapped():
             )
         ]
         sick = parts(*two, poison)
-        results["verdicts"] = [int(np.asarray(s.data)) for s in sick[1].skipped.addressable_shards]
-        left, right = raw((two[0], two[1].inner_state)), raw((sick[0], sick[1].inner_state))
+        results["verdicts"] = [
+            int(np.asarray(s.data)) for s in sick[1].inner_state.skipped.addressable_shards
+        ]
+        left, right = (
+            raw((two[0], two[1].inner_state.inner_state)),
+            raw((sick[0], sick[1].inner_state.inner_state)),
+        )
         results["moved by poison"] = [path for path in left if left[path] != right[path]]
     return results
 
