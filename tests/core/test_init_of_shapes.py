@@ -53,8 +53,9 @@ def test_every_preset_and_stage_takes_shapes():
         for module in (presets.torch, presets.keras, presets.optax)
         for make in (getattr(module, name) for name in module.__all__)
     ]
-    for tx in members:
-        assert bits(tx.init(SHAPES)) == bits(tx.init(PARAMS)), tx
+    shapes, params = ({name: x for name, x in of.items() if name != "z"} for of in (SHAPES, PARAMS))
+    for tx in members:  # those of PyTorch refuse complex leaves
+        assert bits(tx.init(shapes)) == bits(tx.init(params)), tx
 
 
 def test_an_average_that_began_with_a_shape_is_the_parameters_after_a_step():
