@@ -89,6 +89,7 @@ def skip_spikes(
     window: int = 128,
     warmup: int | None = None,
     max_consecutive: int = 10,
+    max_share: float = 0.04,
     check: bool = False,
 ) -> SkipWrapper:
     """Skips the steps whose gradient norm is far above its recent values.
@@ -101,7 +102,8 @@ def skip_spikes(
     norms above 0. Fewer than half of these can be anything without moving them far, so norms of
     skipped steps are among them: a spike does not hide the next one, and where gradients grow for
     good, steps are taken again after half a window. The norm is the Euclidean one of all leaves, a
-    sum in float32 whose last bit depends on the mesh. All else is as in `skip_nonfinite`.
+    sum of squares in float32 whose last bit depends on the mesh; one below 1e-22 counts as 0. All
+    else is as in `skip_nonfinite`.
 
     Args:
       tx: the optimizer, of this package or of others.
@@ -111,6 +113,9 @@ def skip_spikes(
       warmup: before so many norms, from 1 to `window`, none is far. `None`: 32, or the window where
         that is smaller.
       max_consecutive: as in `skip_nonfinite`.
+      max_share: of a full window more than this share, and more than 4 norms, are too many to be
+        far: they are no spikes then but a part of the data, which would never be learned from.
+        `too_many` is set, and `expect_progress` raises.
       check: as in `skip_nonfinite`.
 
     Raises:
@@ -123,6 +128,7 @@ def skip_spikes(
     for name, value, within in [
         ("deviations", deviations, "(0, inf)"),
         ("least_ratio", least_ratio, "[1, inf)"),
+        ("max_share", max_share, "(0, 1]"),
     ]:
         if callable(value):
             raise TypeError(
@@ -149,6 +155,7 @@ def skip_spikes(
             jnp.log(jnp.asarray(least_ratio, np.float32)),
         )
         spike = (state.seen >= needed) & (jnp.log(norm) > center + far)
+        regular = jnp.sum(logs > center + far) > max(4, int(max_share * window))
         # Less a window once there have been two: the place in the ring stays, and nothing
         # overflows.
         seen = state.seen + 1
@@ -159,6 +166,7 @@ def skip_spikes(
         noted = {
             "norms": jnp.where(notes, state.norms.at[state.seen % window].set(norm), state.norms),
             "seen": jnp.where(notes, seen, state.seen),
+            "too_many": (state.seen >= window) & regular,
         }
         return finite & ~spike, noted
 

@@ -76,7 +76,7 @@ class SkipWrapper(NamedTuple):
       check: whether to raise on the device.
       state_class: the class of its state.
       judge: (updates, state) -> whether to take the step, and the fields of the state that this
-        guard alone has.
+        guard alone has; "too_many" among them for what else is too many.
       first: the first values of these fields.
     """
 
@@ -117,6 +117,7 @@ def skip_wrapper(make: Callable[P, SkipWrapper]) -> Callable[P, Transformation]:
                     "`update` returned. convert_state carries a run over from another one."
                 )
             takes, own = judge(updates, state)
+            alarm = own.pop("too_many", np.False_)
             selector = StepSelector(takes)
             made, after = call_update(
                 inner, updates, state.inner_state, params, context._replace(selector=selector)
@@ -134,7 +135,7 @@ def skip_wrapper(make: Callable[P, SkipWrapper]) -> Callable[P, Transformation]:
                 inner_state=after,
                 skipped=jnp.where(takes, state.skipped, increment(state.skipped)),
                 consecutive=consecutive,
-                too_many=state.too_many | (consecutive >= most),
+                too_many=state.too_many | (consecutive >= most) | alarm,
                 **own,
             )
 
@@ -183,7 +184,7 @@ def expect_progress(state: Any) -> None:
         if np.any(too_many)
     ]
     if says:
-        raise RuntimeError(f"too many steps in a row were skipped. {'; '.join(says)}. {_REMEDY}")
+        raise RuntimeError(f"too many steps were skipped. {'; '.join(says)}. {_REMEDY}")
 
 
 def _guards(state: Any, place: str = "") -> Iterator[tuple[str, str, Any, Any, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import bits, normals, same
+from helpers import bits, normals, refused, same
 from jax.experimental import checkify
 from sklearn.datasets import load_digits
 
@@ -395,6 +395,21 @@ def test_smaller_norms_are_never_far_and_a_new_level_is_taken_after_half_a_windo
     skipped = judged(np.concatenate([np.ones(128), np.full(200, 100.0)]))
     assert skipped[128:192].all()
     assert not skipped[193:].any()
+
+
+def test_spikes_that_are_a_part_of_the_data_are_too_many():
+    """E9: every twentieth batch has five times the norm of the others, and none was ever learned
+    from, without a word. One in a hundred is a spike.
+    """
+    norms = np.exp(np.random.default_rng(0).normal(0, 0.05, 600)).astype(np.float32)
+    rare, regular = norms.copy(), norms.copy()
+    rare[::100] *= 5
+    regular[::20] *= 5
+    states = [course(aj.skip_spikes(optax.identity()), x)[0] for x in (rare, regular)]
+    assert [bool(state.too_many) for state in states] == [False, True]
+    aj.expect_progress(states[0])
+    with refused(RuntimeError, "too many steps were skipped", "SkipSpikes at the top"):
+        aj.expect_progress(states[1])
 
 
 def test_a_ring_that_was_filled_many_times_stays_a_ring():
