@@ -17,6 +17,7 @@ from adam_jax._core.paths import is_box, unboxed
 from adam_jax._core.spec import all_specs, is_transformation, show, swapped
 from adam_jax._core.transformation import Transformation, abstract_state
 from adam_jax.migrate.fill import dropped, fill_all
+from adam_jax.migrate.owned import owned
 from adam_jax.migrate.pairing import pair, same_kind
 from adam_jax.migrate.report import Converted
 
@@ -60,7 +61,8 @@ def convert_state(
       params: the present parameters, in the dtype that they shall have.
 
     Returns:
-      The new state and what was kept, started afresh and dropped.
+      The new state, and what was kept, started afresh and dropped. The state's arrays are its own,
+      and can be donated.
 
     Raises:
       TypeError: for what is no gradient transformation.
@@ -82,7 +84,7 @@ def convert_state(
     pairing = pair(old, new)
     states, report = fill_all(pairing, _step_reached(old, from_tx, state))
     converted = Converted(
-        rebuilt(to_tx, iter(states)),
+        owned(rebuilt(to_tx, iter(states)), state, params),
         report.kept,
         report.fresh,
         dropped(pairing) + report.misfits,

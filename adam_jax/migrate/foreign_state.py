@@ -21,6 +21,7 @@ from adam_jax._core.spec import show
 from adam_jax._core.transformation import Transformation, expect_transformation
 from adam_jax.migrate.counted import after_steps, entry_per_leaf
 from adam_jax.migrate.kinds import kind_of
+from adam_jax.migrate.owned import owned
 from adam_jax.storage.stored_leaf import repack_moment, unpack_moment
 
 
@@ -189,7 +190,7 @@ def fill(tx: Any, params: PyTree, run: ForeignState, caller: str) -> PyTree:
                 fields["step"] = jnp.asarray(run.step, jnp.int32)
             yield part.state._replace(**fields) if fields else part.state
 
-    return rebuilt(tx, states())
+    return owned(rebuilt(tx, states()), params, run.moments)
 
 
 def read(tx: Any, state: PyTree, caller: str) -> ForeignState:

@@ -28,6 +28,7 @@ from adam_jax.migrate.foreign_state import (
 )
 from adam_jax.migrate.injected import expect_recorded, merged, records, value_to_record
 from adam_jax.migrate.kinds import kind_of
+from adam_jax.migrate.owned import owned
 
 MOMENTS: dict[str, dict[str, str]] = {
     "ScaleByAdamState": {"mu": "mu", "nu": "nu"},
@@ -97,7 +98,7 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
         constant learning rate.
 
     Returns:
-      A state of `tx`.
+      A state of `tx`. Its arrays are its own, and can be donated.
 
     Raises:
       TypeError: if `tx` is no transformation.
@@ -164,7 +165,7 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
         has besides stays.
 
     Returns:
-      A state of the structure and dtypes of `like`.
+      A state of the structure and dtypes of `like`. Its arrays are its own, and can be donated.
 
     Raises:
       TypeError: if `tx` is no transformation.
@@ -197,7 +198,8 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
         }
         return node._replace(**trees, **counts)
 
-    return jax.tree_util.tree_map_with_path(fit, like, is_leaf=_has_moments)
+    made = jax.tree_util.tree_map_with_path(fit, like, is_leaf=_has_moments)
+    return owned(made, state, like)
 
 
 def _has_moments(node: Any) -> bool:

@@ -26,6 +26,7 @@ from adam_jax._core.identity import expect_arrays, expect_state, states_of
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import path_of
 from adam_jax._core.transformation import expect_transformation
+from adam_jax.migrate.owned import owned
 from adam_jax.storage.stored_leaf import StoredLeaf, repack_moment, unpack_moment
 
 
@@ -63,7 +64,7 @@ def reset(
         `None`: all.
 
     Returns:
-      The state, of the same structure.
+      The state, of the same structure. Its arrays are its own, and can be donated.
 
     Raises:
       ValueError: if the state is not one of `tx`; if there is nothing to reset, because neither is
@@ -82,6 +83,7 @@ def reset(
     for _, own in inside:
         expect_arrays(tx, own, "reset")
     picks = picked_moments if moments else None, picked_counts if schedule else None
+    given = state
     state = with_inside(
         state, {id(own): _reset_state(own, tx, place, *picks) for place, own in inside}
     )
@@ -99,7 +101,7 @@ def reset(
                 else f"reset: found no {what} in the state; expected that of a transformation "
                 "which has some."
             )
-    return state
+    return owned(state, given)
 
 
 def _reset_state(
