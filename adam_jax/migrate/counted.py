@@ -93,3 +93,19 @@ def whole(count: Any, caller: str) -> int:
     if not known or not 0 <= float(number.item()) < 2**31 - 1 or float(number.item()) % 1:
         raise ValueError(f"{caller}: found {count!r} steps; expected a whole number from 0 on.")
     return int(number.item())
+
+
+def agreed(counts: dict[str, Any], caller: str) -> int | None:
+    """The one number that several counts have; `None` if there is none.
+
+    Raises:
+      ValueError: where they differ, or are no whole numbers.
+    """
+    numbers = {place: whole(count, caller) for place, count in counts.items()}
+    if len(set(numbers.values())) > 1:
+        shown = ", ".join(f"{number} at {place}" for place, number in numbers.items())
+        raise ValueError(
+            f"{caller}: found the counts {shown}; expected that they agree. Give the part of the "
+            "state that is of one run."
+        )
+    return next(iter(numbers.values()), None)

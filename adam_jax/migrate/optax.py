@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import GetAttrKey
 
 from adam_jax._core.errors import some
@@ -14,7 +15,7 @@ from adam_jax._core.leaves import PyTree, takes_part
 from adam_jax._core.paths import RAW, path_of
 from adam_jax._core.settings import hyperparameters, set_settable
 from adam_jax._core.transformation import abstract_state
-from adam_jax.migrate.counted import whole
+from adam_jax.migrate.counted import agreed, whole
 from adam_jax.migrate.foreign_state import (
     ForeignState,
     all_leaves,
@@ -91,8 +92,9 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
       state: that of an Optax optimizer, whole or the part that has the moments. Inside
         `optax.inject_hyperparams`, `optax.apply_if_finite`, `optax.masked` and the groups of
         `optax.partition` moments are found; `tx` may have groups too, the same or others
-        (`by_path`). Of `optax.MultiSteps` give the inner state, between two updates.
-      tx: the transformation of this package that goes on.
+        (`by_path`).
+      tx: the transformation of this package that goes on, or an `optax.MultiSteps` around it. Then
+        the state is that of `MultiSteps` too, and gradients that were accumulated move with it.
       params: the present parameters.
       count: the steps taken, for a state that keeps no count: of RMSprop or momentum with a
         constant learning rate.
@@ -107,6 +109,8 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
         learning rate may differ, and a settable hyperparameter becomes what was recorded.
     """
     caller = "from_optax"
+    if isinstance(tx, optax.MultiSteps):
+        return _in_multi_steps(state, tx, params, count)
     nodes, schedules, others = _split(state)
     first = abstract_state(tx, params, caller)
     _, ours = memories(tx, first, caller)
@@ -119,14 +123,20 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
         )
     same_kinds(ours, _places(found), caller, "the state")
     recorded = list(records(state, _paths_in))
+    if others and any(_is_multi_steps(x) for x in jax.tree.leaves(state, is_leaf=_is_multi_steps)):
+        raise ValueError(
+            f"{caller}: found the state of optax.MultiSteps, and a tx without it. Give "
+            "tx=optax.MultiSteps(tx, every_k_schedule), which moves the accumulated gradients too; "
+            "or state.inner_opt_state, where MultiSteps comes to an end."
+        )
     if others:
         raise ValueError(
             f"{caller}: left over {some(others)}, which no member of adam_jax has. Give the part "
             "of the state that has the moments; of a wrapper with arrays of its own the state "
             "inside."
         )
-    steps = _agreed(schedules, caller)
-    moments = _agreed(
+    steps = agreed(schedules, caller)
+    moments = agreed(
         {
             f"{node.place}.count": node.state.count
             for node in nodes
@@ -202,6 +212,22 @@ def to_optax(state: PyTree, tx: Any, like: PyTree) -> PyTree:
     return owned(made, state, like)
 
 
+def _in_multi_steps(state: Any, tx: optax.MultiSteps, params: PyTree, count: int | None) -> Any:
+    """The state of an `optax.MultiSteps` around a transformation of ours, in the midst too."""
+    if not _is_multi_steps(state):
+        raise ValueError(
+            f"from_optax: found optax.MultiSteps, and a state of {type(state).__name__}; expected "
+            "one of MultiSteps. To begin to accumulate give the transformation inside, and then "
+            "optax.MultiSteps(tx, k).init(params)._replace(inner_opt_state=state)."
+        )
+    inner = from_optax(state.inner_opt_state, tx.inner_opt, params, count=count)
+    return owned(state._replace(inner_opt_state=inner), state, params)
+
+
+def _is_multi_steps(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)
+
+
 def _has_moments(node: Any) -> bool:
     fields = MOMENTS.get(type(node).__name__)
     return fields is not None and type(node).__module__.startswith("optax.")
@@ -250,18 +276,6 @@ def _found(nodes: list[Node], ours: Mapping[str, Any], caller: str) -> dict[str,
 
 def _places(found: Mapping[str, list[Moment]]) -> dict[str, str]:
     return {kind: ", ".join(moment.place for moment in its) for kind, its in found.items()}
-
-
-def _agreed(counts: dict[str, Any], caller: str) -> int | None:
-    """The one number that several counts have; `None` if there is none."""
-    numbers = {place: whole(count, caller) for place, count in counts.items()}
-    if len(set(numbers.values())) > 1:
-        shown = ", ".join(f"{number} at {place}" for place, number in numbers.items())
-        raise ValueError(
-            f"{caller}: found the counts {shown}; expected that they agree. Give the part of the "
-            "state that is of one run."
-        )
-    return next(iter(numbers.values()), None)
 
 
 def _paths_in(state: Any) -> Iterator[str]:

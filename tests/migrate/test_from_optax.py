@@ -410,10 +410,36 @@ def test_an_nnx_optimizer():
             moved = aj.migrate.from_optax(state, tx, nnx.state(model, nnx.Param))
             nnx.update(new.opt_state, nnx.state(moved))
             assert int(new.opt_state[0].count[...]) == int(new.opt_state[3].step[...]) == 3
+            new.step[...] = old.step[...]  # B12: Flax counts as well, and began at 0
+            assert int(new.step[...]) == 3
             np.testing.assert_array_equal(
                 new.opt_state[0].mu["kernel"][...], old.opt_state[0].mu["kernel"][...]
             )
         update(new, model)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("taken", [3, 4])
+def test_accumulated_gradients_move_with_multi_steps(taken):
+    """B12: `tx=MultiSteps(ours)` was a TypeError, and the lines that work were nowhere."""
+    params = {"w": jnp.ones((2, 3))}
+    theirs = optax.MultiSteps(optax.adamw(RATE), 2)
+    ours = optax.MultiSteps(aj.adamw(RATE), 2)
+    state = theirs.init(params)
+    grads = [normals(2, 3, seed=i) for i in range(8)]
+    for g in grads[:taken]:
+        _, state = theirs.update({"w": g}, state, params)
+    moved = aj.migrate.from_optax(state, ours, params)
+    inner = aj.migrate.from_optax(state.inner_opt_state, ours.inner_opt, params)
+    same(moved, state._replace(inner_opt_state=inner))
+    for g in grads[taken:]:
+        expected, state = theirs.update({"w": g}, state, params)
+        found, moved = ours.update({"w": g}, moved, params)
+        np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-4, atol=1e-8)
+    with refused(ValueError, "a tx without it", "tx=optax.MultiSteps(tx", "inner_opt_state"):
+        aj.migrate.from_optax(state, aj.adamw(RATE), params)
+    with refused(ValueError, "expected one of MultiSteps", "_replace(inner_opt_state=state)"):
+        aj.migrate.from_optax(state.inner_opt_state, ours, params)
 
 
 def test_masked_leaves_are_frozen():
@@ -539,7 +565,7 @@ def test_a_tx_without_moments_has_nothing_to_move():
 def test_wrappers_with_arrays_of_their_own_give_the_state_inside():
     tx = aj.adam(1e-3)
     several = steps_of(optax.MultiSteps(optax.adam(1e-3), 2), LARGE, 6)
-    with refused(ValueError, "left over .acc_grads['b']", "the state inside"):
+    with refused(ValueError, "the state of optax.MultiSteps", "state.inner_opt_state"):
         aj.migrate.from_optax(several, tx, LARGE)
     assert int(aj.migrate.from_optax(several.inner_opt_state, tx, LARGE)[0].count) == 3
 
