@@ -12,7 +12,7 @@ import optax
 
 from adam_jax._core.configuration import applied_rates
 from adam_jax._core.context import Context
-from adam_jax._core.errors import brief
+from adam_jax._core.errors import brief, hint_for
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, all_wide
 from adam_jax._core.lift import narrow
@@ -46,10 +46,9 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         )
     for position, part in enumerate(stages):
         if not is_transformation(part):
-            called = " (a function: did you mean to call it?)" if callable(part) else ""
             raise TypeError(
-                f"chain: found {brief(part)} at position {position}{called}; expected a gradient "
-                "transformation, which is a pair of `init` and `update`."
+                f"chain: found {brief(part)} at position {position}{hint_for(part)}; expected a "
+                "gradient transformation, which is a pair of `init` and `update`."
             )
     parts = tuple(
         part if isinstance(part, Transformation) else optax.with_extra_args_support(part)

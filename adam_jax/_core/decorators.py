@@ -116,10 +116,9 @@ def wrapper(
     def build(tx: Any, *args: P.args, **kwargs: P.kwargs) -> Transformation:
         interface = expect_optimizer(tx, make.__name__)
         inner = tx if isinstance(tx, Transformation) else optax.with_extra_args_support(tx)
+        bound = bind(make, (tx, *args), kwargs)
         init, update = make(inner, *args, **kwargs)
-        return transformation(
-            Spec(build, bind(make, (tx, *args), kwargs), init, update, interface, inner={"": inner})
-        )
+        return transformation(Spec(build, bound, init, update, interface, inner={"": inner}))
 
     return build
 
@@ -146,8 +145,8 @@ def recipe(
 
         @functools.wraps(make)
         def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-            of = make(*args, **kwargs).init.spec
             bound = bind(make, args, kwargs)
+            of = make(*args, **kwargs).init.spec
             spec = Spec(build, bound, of.init, of.update, of.interface, of.stages, rate=rate)
             return transformation(spec)
 

@@ -5,7 +5,9 @@ How they show a value, and the checks that many functions make of their argument
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +75,68 @@ def expect_integer(name: str, value: Any, least: int | None = None) -> None:
         raise TypeError(f"{name}: found {brief(value)}; expected an integer.")
     if least is not None and value < least:
         raise ValueError(f"{name}: found {value}; expected {least} or more.")
+
+
+SPELLINGS = (
+    ("learning_rate", "lr", "alpha", "step_size"),
+    ("b1", "beta1", "beta_1", "betas"),
+    ("b2", "beta2", "beta_2", "betas"),
+    ("eps", "epsilon"),
+    ("weight_decay", "wd", "weight_decay_rate"),
+)
+"""How libraries call one argument."""
+
+
+WITH_DECAY = {"adam": "adamw", "nadam": "nadamw", "adamax": "adamaxw"}
+"""The optimizers that have weight decay, by those that have none."""
+
+
+def meant(caller: str, name: str, known: Sequence[str]) -> str | None:
+    """Returns what was probably meant by an unknown argument, if something was.
+
+    Args:
+      caller: the function that does not have it.
+      name: the unknown name.
+      known: the arguments that the function has.
+    """
+    if name == "weight_decay" and caller in WITH_DECAY and name not in known:
+        return f"{WITH_DECAY[caller]}(..., weight_decay=...)"
+    if name == "betas" and {"b1", "b2"} <= {*known}:
+        return "b1 and b2"
+    same: set[str] = {other for names in SPELLINGS if name in names for other in names}
+    near = difflib.get_close_matches(name, known, n=1)
+    return next(iter([*(other for other in known if other in same), *near]), None)
+
+
+def bound_arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    """Returns the arguments of a call by name.
+
+    Raises:
+      TypeError: for an argument that the function does not have, with the one that was probably
+        meant, and for a call that lacks one.
+    """
+    signature, caller = inspect.signature(function), function.__name__
+    known = list(signature.parameters)
+    for name in kwargs:
+        if name not in known:
+            near = meant(caller, name, known)
+            hint = f" Did you mean {near}?" if near else ""
+            raise TypeError(
+                f"{caller}: found the argument {name!r}; expected only {', '.join(known)}.{hint}"
+            )
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{caller}: {error}; expected {', '.join(known)}.") from error
+
+
+def hint_for(value: Any) -> str:
+    """Returns what an error adds where something stands in the place of a transformation."""
+    if isinstance(value, (list, tuple)) and value and all(hasattr(v, "update") for v in value):
+        return f" (did you mean chain(*transformations), not a {type(value).__name__} of them?)"
+    if hasattr(value, "gradient_transformation"):
+        return " (did you mean its .gradient_transformation()?)"
+    return " (a function: did you mean to call it?)" if callable(value) else ""
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

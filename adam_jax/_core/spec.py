@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from adam_jax._core.context import Context
+from adam_jax._core.errors import bound_arguments
 from adam_jax._core.hyperparams import Hyperparameters
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree
@@ -253,7 +254,7 @@ def bind(
 
     Each is in the one spelling that `canonical` gives it.
     """
-    bound = inspect.signature(constructor).bind(*args, **kwargs)
+    bound = bound_arguments(constructor, args, kwargs)
     bound.apply_defaults()
     bound.arguments |= {name: spell(bound.arguments[name]) for name, spell in canonical.items()}
     return bound

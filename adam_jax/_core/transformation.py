@@ -23,7 +23,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from adam_jax._core.context import Context
-from adam_jax._core.errors import brief, expect_array
+from adam_jax._core.errors import brief, expect_array, hint_for
 from adam_jax._core.identity import expect_state
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, arrays_of, beside, compiled_sharding
@@ -153,8 +153,8 @@ def expect_transformation(tx: Any, caller: str) -> None:
     """Refuses what is no transformation."""
     if not is_transformation(tx):
         raise TypeError(
-            f"{caller}: tx: found {brief(tx)}; expected a gradient transformation, for example "
-            f"adam_jax.adam(1e-3).{swapped(tx, caller)}"
+            f"{caller}: tx: found {brief(tx)}{hint_for(tx)}; expected a gradient transformation, "
+            f"for example adam_jax.adam(1e-3).{swapped(tx, caller)}"
         )
 
 
@@ -193,15 +193,9 @@ def call_update(
 def expect_optimizer(tx: Any, caller: str) -> Interface:
     """The flow of what is to be wrapped, if it is a whole optimizer."""
     if not is_transformation(tx):
-        called = " (a function: did you mean to call it?)" if callable(tx) else ""
-        called = (
-            " (did you mean its .gradient_transformation()?)"
-            if hasattr(tx, "gradient_transformation")
-            else called
-        )
         raise TypeError(
-            f"{caller}: found {brief(tx)}{called}; expected a gradient transformation, such as "
-            "adam(1e-3)."
+            f"{caller}: found {brief(tx)}{hint_for(tx)}; expected a gradient transformation, such "
+            "as adam(1e-3)."
         )
     interface = tx.interface if isinstance(tx, Transformation) else Interface()
     if "moments" in (interface.takes, interface.gives):

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from adam_jax._core.configuration import scalar_fields
-from adam_jax._core.errors import brief, some
+from adam_jax._core.errors import brief, hint_for, some
 from adam_jax._core.hyperparams import Multiplied, Settable
 from adam_jax._core.leaves import PyTree, arrays_of, dtype_of, takes_part
 from adam_jax._core.paths import Parameters, is_scale, owner, paths
@@ -164,8 +164,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     if not is_transformation(tx):
         hint = swapped(tx, "describe")
         raise TypeError(
-            f"describe: found {brief(tx)}; expected a gradient transformation, and the parameters "
-            f"after it.{hint}"
+            f"describe: found {brief(tx)}{hint_for(tx)}; expected a gradient transformation, and "
+            f"the parameters after it.{hint}"
         )
     params = arrays_of(params)
     located = jax.tree_util.tree_flatten_with_path(params)[0]

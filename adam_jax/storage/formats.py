@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
@@ -224,6 +225,11 @@ def resolve_storage(
         otherwise.
     """
     pair = storage if isinstance(storage, tuple) else (storage, storage)
+    if isinstance(storage, list):
+        raise ValueError(
+            f"storage: found a list of {len(storage)}; expected one storage, or a tuple of two. "
+            f"Did you mean tuple({brief(storage)})?"
+        )
     if len(pair) != 2:
         raise ValueError(
             f"storage: found a tuple of {len(pair)}; expected one storage, or a tuple of two (for "
@@ -236,6 +242,7 @@ def resolve_storage(
             raise ValueError(
                 f"storage: found {brief(one)}; expected 'float32', 'bfloat16', '8bit', an object "
                 "of storage.Float or storage.Codes, or a tuple of two of these, for mu and nu."
+                f"{_meant(one)}"
             )
         if dtype is not None:
             if form != Float():
@@ -245,3 +252,29 @@ def resolve_storage(
             form = Float(_floating(_real(dtype), name), smallest=0)
         chosen.append(form)
     return chosen[0], chosen[1]
+
+
+def _meant(value: Any) -> str:
+    """Returns what an error adds where a dtype, or another word for a storage, was given."""
+    word = value if isinstance(value, str) else getattr(value, "__name__", brief(value))
+    if isinstance(value, type) and issubclass(value, Format):
+        return f" Did you mean storage.{word}()?"
+    name = {name: word for word, names in WORDS.items() for name in names}.get(word.lower())
+    if name is None:
+        try:
+            is_array = isinstance(value, (np.ndarray, Array))
+            name = None if is_array else jnp.dtype(value).name
+        except (TypeError, ValueError):
+            name = next(iter(difflib.get_close_matches(word, NAMED, n=1)), None)
+    if name is None or name in NAMED:
+        return f" Did you mean {name!r}?" if name else ""
+    floating = jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    return f" Did you mean storage.Float({name!r})?" if floating else ""
+
+
+WORDS = {
+    "float32": ("none", "f32", "fp32", "float", "full"),
+    "bfloat16": ("bf16", "16bit"),
+    "8bit": ("int8", "uint8", "i8", "u8", "8", "fp8", "8-bit", "8bits", "quantized"),
+}
+"""What people write for a storage, by its name."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from adam_jax._core.chain import chain
+from adam_jax._core.errors import meant
 from adam_jax._core.hyperparams import (
     Hyperparameter,
     Multiplied,
@@ -35,10 +35,8 @@ def with_overrides(default: Any, changes: Mapping[str, Any], caller: str) -> Tra
     known = [*config, *([MULTIPLIER] if spec.rate else [])]
     for name in changes:
         if name not in known:
-            # "lr" is what many call it, and close to no other name.
-            near = difflib.get_close_matches(str(name), known, n=1)
-            meant = spec.rate if name in ("learning_rate", "lr") else next(iter(near), None)
-            hint = f"did you mean {meant}? " if meant else ""
+            near = meant(spec.constructor.__name__, str(name), known)
+            hint = f"did you mean {near}? " if near else ""
             raise TypeError(
                 f"{caller}: found {name!r}; {hint}{spec.constructor.__name__} has "
                 f"{', '.join(known)}."

@@ -94,6 +94,7 @@ def skip_wrapper(make: Callable[P, SkipWrapper]) -> Callable[P, Transformation]:
 
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+        bound = bind(make, args, kwargs)
         tx, most, check, kind, judge, first = make(*args, **kwargs)
         expect_one_of(f"{caller}: check", check, (True, False))
         interface = expect_optimizer(tx, caller)
@@ -139,9 +140,7 @@ def skip_wrapper(make: Callable[P, SkipWrapper]) -> Callable[P, Transformation]:
                 **own,
             )
 
-        return transformation(
-            Spec(build, bind(make, args, kwargs), init, update, interface, inner={"": tx})
-        )
+        return transformation(Spec(build, bound, init, update, interface, inner={"": tx}))
 
     return build
 

@@ -275,6 +275,84 @@ def test_an_order_that_cannot_work(stages, says):
         chain(*stages)
 
 
+MEANT = {
+    "lr": (lambda: adam_jax.adam(lr=0.1), "adam: found the argument 'lr'", "learning_rate?"),
+    "betas": (lambda: adam_jax.adam(0.1, betas=(0.9, 0.99)), "'betas'", "b1 and b2?"),
+    "beta_2": (lambda: adam_jax.adamw(0.1, beta_2=0.9), "adamw: found", "Did you mean b2?"),
+    "epsilon": (lambda: adam_jax.track_moments(epsilon=1.0), "track_moments: found", "only b1, b2"),
+    "decay": (lambda: adam_jax.adam(0.1, weight_decay=0.1), "adamw(..., weight_decay=...)?"),
+    "slip": (lambda: adam_jax.adam(0.1, storge="8bit"), "Did you mean storage?"),
+    "wrapper": (lambda: adam_jax.skip_spikes(adam_jax.adam(0.1), cehck=True), "mean check?"),
+    "torch": (lambda: adam_jax.presets.torch.adam(learning_rate=0.1), "Did you mean lr?"),
+    "none": (adam_jax.adam, "adam: missing a required argument: 'learning_rate'"),
+    "many": (lambda: adam_jax.compensate(1), "compensate: too many positional arguments"),
+    "list": (lambda: chain([adam_jax.adam(0.1)]), "did you mean chain(*transformations), not a li"),
+    "MultiSteps": (
+        lambda: chain(optax.MultiSteps(adam_jax.adam(0.1), 2)),
+        "chain: found",
+        "did you mean its .gradient_transformation()?",
+    ),
+    "state_bytes": (
+        lambda: adam_jax.state_bytes(optax.MultiSteps(adam_jax.adam(0.1), 2), PARAMS),
+        "state_bytes: tx: found",
+        "did you mean its .gradient_transformation()?",
+    ),
+    "describe": (
+        lambda: adam_jax.describe(optax.MultiSteps(adam_jax.adam(0.1), 2), PARAMS),
+        "did you mean its .gradient_transformation()?",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "says"), [(call, says) for call, *says in MEANT.values()], ids=MEANT
+)
+def test_what_was_probably_meant(call, says):
+    """D15: a slip is answered with the name that there is."""
+    with refused(TypeError, *says):
+        call()
+
+
+STORAGES = {
+    "int8": "'8bit'?",
+    "8-bit": "'8bit'?",
+    jnp.uint8: "'8bit'?",
+    jnp.bfloat16: "'bfloat16'?",
+    jnp.dtype(jnp.bfloat16): "'bfloat16'?",
+    "bf16": "'bfloat16'?",
+    "float16": "storage.Float('float16')?",
+    jnp.float16: "storage.Float('float16')?",
+    None: "'float32'?",
+    "bfloat": "'bfloat16'?",
+    adam_jax.storage.Codes: "storage.Codes()?",
+}
+
+
+@pytest.mark.parametrize(("storage", "meant"), STORAGES.items(), ids=map(str, STORAGES))
+def test_a_storage_by_another_word(storage, meant):
+    """D15: for both moments, and in a pair."""
+    for given in (storage, ("float32", storage)):
+        with refused(ValueError, "storage: found", "expected 'float32'", f"Did you mean {meant}"):
+            adam_jax.adam(0.1, storage=given)
+
+
+def test_a_storage_that_means_nothing():
+    """D15: no guess where there is none; an array has a dtype, and is no storage."""
+    for storage in (True, "mixed", jnp.ones((3, 3)), jnp.int32):
+        with refused(ValueError, "storage: found") as caught:
+            adam_jax.adam(0.1, storage=storage)
+        assert "mean" not in str(caught.value)
+    with refused(ValueError, "a list of 2", "Did you mean tuple(['8bit', 'float32'])?"):
+        adam_jax.adam(0.1, storage=["8bit", "float32"])
+
+
+def test_where_every_leaf_is_too_small_for_a_storage_it_is_said():
+    """D15: no warning, because small leaves in float32 cost nothing and lose nothing."""
+    said = str(adam_jax.state_bytes(adam_jax.adam(0.1, storage="8bit"), {"w": jnp.ones((8, 8))}))
+    assert "mu stays wide in w (64 elements): fewer than 4096 elements" in said
+    assert "nu stays wide in w (64 elements): fewer than 4096 elements" in said
+
+
 @pytest.mark.parametrize(
     ("part", "says"),
     [
