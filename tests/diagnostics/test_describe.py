@@ -204,7 +204,7 @@ def test_one_array_and_none():
 
 def test_refused(params):
     with pytest.raises(
-        TypeError, match=r"describe: found adam; expected a gradient transformation"
+        TypeError, match=r"describe: found adam \(a function: did you mean to call it\?\); expected"
     ):
         aj.describe(aj.adam, params)
     with pytest.raises(ValueError, match="no leaf that 'nothing' matches"):
