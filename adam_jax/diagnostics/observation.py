@@ -30,6 +30,7 @@ from adam_jax._core.transformation import (
     expect_optimizer,
     transformation,
 )
+from adam_jax.diagnostics.eager import compiled, is_traced
 from adam_jax.diagnostics.measuring import measure, sights
 from adam_jax.diagnostics.metrics import METRICS
 from adam_jax.diagnostics.sampling import Probe
@@ -131,6 +132,32 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
             }
         return ObserveState(state, jnp.zeros((), jnp.int32), observed)
 
+    def look(updates: Any, state: Any, params: Any, context: Context) -> dict[str, Array]:
+        elements = sum(jnp.size(leaf) for leaf in jax.tree.leaves(updates) if takes_part(leaf))
+        probe = Probe(lambda size: max(16, sample * size // max(elements, 1)))
+        made, _ = call_update(
+            inner,
+            updates,
+            state.inner_state,
+            params,
+            context._replace(selector=None, probe=probe),
+        )
+        probe.end(inner, updates, made, state.inner_state, params)
+        found = {
+            f"{group}/{name}": x
+            for group, its in measure(probe).items()
+            for name, x in its.metrics().items()
+        }
+        # Of a group without parameters that train, and of what it has not, there is nothing to
+        # keep.
+        return {"step": increment(state.step)} | {
+            name: _agreed(found[name], like)
+            for name, like in state.observed.items()
+            if name != "step"
+        }
+
+    look_compiled = compiled(look)
+
     def update(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, ObserveState]:
         params = expect_params(params, "observe()")
         if not isinstance(state, ObserveState):
@@ -139,40 +166,26 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
                 "of the observed transformation made, or `update` returned. A run that is under "
                 "way takes its state along: convert_state(state, tx, observe(tx), params).state."
             )
-        step = increment(state.step)
-
-        def look() -> dict[str, Array]:
-            elements = sum(jnp.size(leaf) for leaf in jax.tree.leaves(updates) if takes_part(leaf))
-            probe = Probe(lambda size: max(16, sample * size // max(elements, 1)))
-            made, _ = call_update(
-                inner,
-                updates,
-                state.inner_state,
-                params,
-                context._replace(selector=None, probe=probe),
+        if is_traced(updates, state, params, context.extra):
+            observed = lax.cond(
+                state.step % np.int32(every) == 0,
+                lambda: look(updates, state, params, context),
+                lambda: state.observed,
             )
-            probe.end(inner, updates, made, state.inner_state, params)
-            found = {
-                f"{group}/{name}": x
-                for group, its in measure(probe).items()
-                for name, x in its.metrics().items()
-            }
-            # Of a group without parameters that train, and of what it has not, there is nothing to
-            # keep.
-            return {"step": step} | {
-                name: _agreed(found[name], like)
-                for name, like in state.observed.items()
-                if name != "step"
-            }
-
-        observed = lax.cond(state.step % np.int32(every) == 0, look, lambda: state.observed)
-        before = state.inner_state
-        if any(map(_is_array, jax.tree.leaves(before))):
-            before = _once(observed, before)
+            before = state.inner_state
+            if any(map(_is_array, jax.tree.leaves(before))):
+                before = _once(observed, before)
+            else:
+                updates = _once(observed, updates)
         else:
-            updates = _once(observed, updates)
+            # `lax.cond` would compile both of its branches anew at every step.
+            looks = int(state.step) % every == 0
+            observed = (
+                look_compiled(updates, state, params, context) if looks else _copied(state.observed)
+            )
+            before = state.inner_state
         made, after = call_update(inner, updates, before, params, context)
-        return made, ObserveState(after, step, observed)
+        return made, ObserveState(after, increment(state.step), observed)
 
     bound = bind(observe, (tx,), {"every": every, "sample": sample})
     return transformation(Spec(observe, bound, init, update, interface, inner={"": tx}))

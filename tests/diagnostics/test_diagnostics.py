@@ -614,6 +614,47 @@ def test_it_looks_at_the_first_step_and_every_so_many_after_it():
     assert bits(found[3]) == bits(found[5]) != bits(found[6])
 
 
+@contextlib.contextmanager
+def compilations():
+    """The names of what JAX compiles."""
+    found = []
+
+    def note(name, seconds, **more):
+        if "backend_compile" in name:
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_outside_of_jit_nothing_compiles_after_the_first_step():
+    """D1: with and without an observation, an extra argument that changes, and groups."""
+    groups = aj.by_path({"h": {"eps": 1e-6}}, default=aj.adam(1e-2))
+    tx = aj.chain(aj.observe(aj.skip_nonfinite(groups), every=2))
+    params, gradient = ({name: tree[name] for name in "wh"} for tree in (PARAMS, COURSE[0]))
+    state, seen = tx.init(params), []
+    with compilations() as found:
+        for t in range(5):
+            first = len(found)
+            updates, state = tx.update(
+                gradient, state, params, value=float(t), value_fn=some, gradient=gradient
+            )
+            params = aj.apply_updates(params, updates)
+            seen.append(aj.observations(state))
+            if t == 0:
+                assert len(found) > first  # the listener hears of compilations
+            elif t > 1:
+                assert found[first:] == []
+    assert [int(its["step"]) for its in seen] == [1, 1, 3, 3, 5]
+    changed = seen[0]["all/update_rms"] != seen[2]["all/update_rms"]
+    assert changed
+    copies = [its["all/gradient_norm"] for its in seen]
+    assert len({x.unsafe_buffer_pointer() for x in copies}) == len(copies)
+
+
 CODES = aj.storage.Codes(smallest=0)
 LINKS = {
     "plain": lambda tx: tx,
