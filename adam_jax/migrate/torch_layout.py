@@ -188,13 +188,16 @@ def is_open(path: str, leaf: tuple[int, ...], way: Way) -> bool:
 
 
 def _plausible(ndim: int) -> set[Axes]:
-    """The ways in which people lay arrays: as they are, as kernels, and so behind a first axis."""
+    """The ways in which people lay arrays.
+
+    As they are, or as kernels, with inputs and outputs in either order, or as kernels in layers.
+    """
     rest = tuple(range(2, ndim))
     if ndim < 2:
         return {tuple(range(ndim))}
     ways = {(0, 1, *rest), (1, 0, *rest), (*rest, 1, 0), (*rest, 0, 1)}
     if ndim > 2:
-        ways |= {(0, *(axis + 1 for axis in axes)) for axes in _plausible(ndim - 1)}
+        ways.add((0, *(axis + 1 for axis in _as_kernel(ndim - 1))))
     return ways
 
 

@@ -75,6 +75,7 @@ def test_what_shapes_or_names_tell_is_not_warned_of():
         (np.zeros((4, 1, 4), np.float32), "w"),
         (np.zeros(4, np.float32), "w"),
         (np.zeros((2, 3, 5), np.float32), "w"),
+        (np.zeros((8, 1, 3, 3), np.float32), "weight"),  # a convolution of Equinox
     ]:
         if tensor.shape == (4, 1, 4):
             with pytest.warns(LayoutWarning):
