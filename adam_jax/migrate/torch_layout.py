@@ -207,11 +207,11 @@ def warn_of_open(found: Mapping[str, Way], caller: str) -> None:
         return
     moved = [path for path, way in found.items() if way.axes != tuple(range(len(way.axes or ())))]
     stayed = [path for path in found if path not in moved]
-    taken = []
+    taken, most = [], 2 if moved and stayed else 4
     if moved:
-        taken.append(f"Taken as kernels, with PyTorch's first two axes last: {some(moved)}.")
+        taken.append(f"Taken as kernels, with PyTorch's first two axes last: {some(moved, most)}.")
     if stayed:
-        taken.append(f"Taken to lie as in PyTorch: {some(stayed)}.")
+        taken.append(f"Taken to lie as in PyTorch: {some(stayed, most)}.")
     count = "1 leaf lies" if len(found) == 1 else f"{len(found)} leaves lie"
     message = (
         f"{caller}: shapes do not tell how {count}. {' '.join(taken)} If all of this is right, say "

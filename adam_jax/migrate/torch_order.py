@@ -131,7 +131,7 @@ def _listed(
             f"{caller}: found {len(names)} names for {sum(sizes)} parameters; expected one each, "
             "in the groups' order."
         )
-    if len(numbers) > 1 and (equal := _indistinct(numbers, entries)):
+    if sum(map(bool, numbers)) > 1 and (equal := _indistinct(numbers, entries)):
         raise ValueError(
             f"{caller}: found one list of names for {len(numbers)} groups, in which the shapes "
             f"of {equal} do not tell parameters apart; expected a list for each group, in "
@@ -198,7 +198,7 @@ def _expect_no_alphabet(
             if len(same) > 1 and (len(kinds) > 1 or not natural):
                 raise ValueError(
                     f"{caller}: names: found the alphabetical order, as a file of safetensors has "
-                    f"it, and equal or unknown sizes of {some(same)}; expected the optimizer's "
+                    f"it, and equal or unknown sizes of {some(same, 2)}; expected the optimizer's "
                     f"order. Take it from there: {TAKE_THEM}. If it is this one, say so by number: "
                     "names=dict(enumerate(names))."
                 )

@@ -108,6 +108,17 @@ def test_names_in_alphabetical_order_are_refused_where_shapes_are_equal():
     means(marked(dict.fromkeys(many, (3,))), [many], many)
     with refused(ValueError, "alphabetical order"):
         means(marked(dict.fromkeys(many, (3,))), [many], sorted(many))
+    # Long names, and a group without parameters beside.
+    many = [
+        f"transformer.encoder.layers.{i}.self_attention.{key}_projection"
+        for i in "01"
+        for key in "qk"
+    ]
+    tensors = marked(dict.fromkeys(many, (3,)))
+    means(tensors, [many, []], many)
+    with refused(ValueError, "alphabetical order") as error:
+        means(tensors, [many], sorted(many))
+    assert len(str(error.value)) <= 600
     # By groups, of which each is sorted.
     groups = [["b.weight", "a.weight"], ["b.bias", "a.bias"]]
     tensors = marked({"b.weight": (4, 3), "b.bias": (4,), "a.weight": (4, 3), "a.bias": (4,)})
