@@ -225,11 +225,6 @@ def resolve_storage(
         otherwise.
     """
     pair = storage if isinstance(storage, tuple) else (storage, storage)
-    if isinstance(storage, list):
-        raise ValueError(
-            f"storage: found a list of {len(storage)}; expected one storage, or a tuple of two. "
-            f"Did you mean tuple({brief(storage)})?"
-        )
     if len(pair) != 2:
         raise ValueError(
             f"storage: found a tuple of {len(pair)}; expected one storage, or a tuple of two (for "
@@ -256,6 +251,8 @@ def resolve_storage(
 
 def _meant(value: Any) -> str:
     """Returns what an error adds where a dtype, or another word for a storage, was given."""
+    if isinstance(value, list) and len(value) == 2:
+        return f" Did you mean tuple({brief(value)})?"
     word = value if isinstance(value, str) else getattr(value, "__name__", brief(value))
     if isinstance(value, type) and issubclass(value, Format):
         return f" Did you mean storage.{word}()?"
@@ -265,7 +262,7 @@ def _meant(value: Any) -> str:
             is_array = isinstance(value, (np.ndarray, Array))
             name = None if is_array else jnp.dtype(value).name
         except (TypeError, ValueError):
-            name = next(iter(difflib.get_close_matches(word, NAMED, n=1)), None)
+            name = next(iter(difflib.get_close_matches(word.lower(), NAMED, n=1)), None)
     if name is None or name in NAMED:
         return f" Did you mean {name!r}?" if name else ""
     floating = jnp.issubdtype(jnp.dtype(name), jnp.floating)

@@ -342,7 +342,9 @@ def test_a_storage_that_means_nothing():
         with refused(ValueError, "storage: found") as caught:
             adam_jax.adam(0.1, storage=storage)
         assert "mean" not in str(caught.value)
-    with refused(ValueError, "a list of 2", "Did you mean tuple(['8bit', 'float32'])?"):
+    with refused(
+        ValueError, "found ['8bit', 'float32']", "Did you mean tuple(['8bit', 'float32'])?"
+    ):
         adam_jax.adam(0.1, storage=["8bit", "float32"])
 
 
