@@ -91,6 +91,7 @@ def add_decayed_weights(
             "returns one, or None."
         )
     expect_layer_axes(layer_axes)
+    layer_axes = None if layer_axes is None else dict(layer_axes)
     course = Hyperparameter("learning_rate", 1.0 if learning_rate is None else learning_rate)
     highest = peak(course.first if course.settable else course.value)
     follows = course.scheduled or course.settable
