@@ -61,19 +61,20 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
         plot(history)
 
     ===========================  ===============================================================
-    gradient_norm                Euclidean norm of the gradient as it comes in, of all elements
+    gradient_norm                Euclidean norm of the gradient, of all elements, before any stage
+                                 has changed it: of a group, too
     update_rms                   root mean square of the update
     update_ratio                 that over the root mean square of the parameters
-    learning_rate_median, _p99   of the effective learning rate of an element, the rate over
-                                 √ν̂ + ε: the smallest that half of the elements, or 99 %, do
-                                 not exceed
+    learning_rate_median, _p99   of the effective learning rate of an element, which is the learning
+                                 rate over √ν̂ + ε and so may be much larger: the smallest that
+                                 half of the elements, or 99 %, do not exceed
     eps_fraction                 fraction of elements where ε is more than √ν̂
     normalized_gradient_rms      root mean square of g/√ν̂: 1 where ν is up to date, more before
                                  a loss spike
     momentum_cosine              cosine of the gradient and μ
     signal_to_noise              median of \|μ̂\|/√ν̂, 1 for a gradient that does not change
-    stalled_fraction             fraction of 16-bit parameters that the update, rounded to
-                                 nearest, would not move
+    stalled_fraction             fraction of 16-bit parameters that the update would not move if it
+                                 were rounded to nearest, also where it is rounded otherwise
     saturated_fraction           fraction of moments, stored as codes, that have the largest
                                  code or the smallest
     skipped                      steps that skip wrappers inside have skipped so far
@@ -142,7 +143,8 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
             params,
             context._replace(selector=None, probe=probe),
         )
-        probe.end(inner, updates, made, state.inner_state, params)
+        raw = updates if context.gradient is None else context.gradient
+        probe.end(inner, raw, made, state.inner_state, params)
         found = {
             f"{group}/{name}": x
             for group, its in measure(probe).items()

@@ -153,7 +153,9 @@ def by_path(
             inner = context._replace(gradient=gradient, incoming=incoming, extra=extra, probe=probe)
             stepped, after[name] = call_update(part, grads, state.inner_states[name], held, inner)
             if probe is not None:
-                probe.end(part, grads, stepped, state.inner_states[name], held)
+                # The gradient as it came in: behind a clipping the one that grows is not seen.
+                raw = grads if gradient is None else gradient
+                probe.end(part, raw, stepped, state.inner_states[name], held)
             made[name] = iter(jax.tree.leaves(stepped))
         leaves = jax.tree.leaves(updates)
         old = leaves if params is None else jax.tree.leaves(params)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICKLY
+from helpers import QUICKLY, ROOT
 
 import adam_jax as aj
+from adam_jax.diagnostics.plots import PANELS
 
 pytest.importorskip("matplotlib")
 
@@ -81,6 +82,55 @@ def test_what_is_not_finite_is_left_out(history):
     np.testing.assert_array_equal(line.get_xdata(), [1, 5, 7])
 
 
+def test_of_looks_that_differ_the_later_one_is_drawn(history):
+    """D14: a run that went back to a checkpoint repeats steps, and may differ in last digits."""
+    again = history[-1] | {"all/gradient_norm": 3.0}
+    with pytest.warns(UserWarning, match="two looks at step 7 that differ; expected .* later one"):
+        figure = aj.plot([*history, again], groups="all")
+    assert lines(figure, "norm of the gradient")[0].get_ydata()[-1] == 3.0
+    aj.plot([*history, history[-1] | {"loss": 1.0}, history[-1] | {"loss": 2.0}])  # one look
+
+
+def test_loss_and_learning_rate_are_drawn_if_they_are_there(history):
+    """D14: also where they are only at some looks."""
+    more = [
+        look | ({"loss": 0.5 * i} if i % 2 else {}) | {"learning_rate": 0.1, "b/learning_rate": 0.2}
+        for i, look in enumerate(history)
+        if look["step"]
+    ]
+    figure = aj.plot(more)
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes[:2]] == [
+        "loss",
+        "learning_rate",
+    ]
+    loss, rates = (axes.get_lines() for axes in figure.axes[:2])
+    (loss,) = loss
+    assert loss.get_ydata().tolist() == [0.5 * i for i in (1, 3, 5, 7)]
+    assert [set(line.get_ydata()) for line in rates] == [{0.1}, {0.2}]
+    known = {axes.get_title().split("\n")[0] for axes in aj.plot(history).axes}
+    assert not known & {"loss", "learning_rate"}
+
+
+def test_what_is_not_drawn_is_said(history):
+    """D14."""
+    other = [look | {"epoch": 1, "head/.*/weight_decay": 0.1} for look in history]
+    with pytest.warns(UserWarning, match=r"found 'epoch', 'head/\.\*/weight_decay' in the history"):
+        figure = aj.plot(other)
+    assert len(figure.axes) == len(aj.plot(history).axes)
+
+
+def test_ranges_of_healthy_runs_are_those_of_the_page():
+    """D14."""
+    page = (ROOT / "docs" / "diagnose.md").read_text()
+    rows = {row.split("`")[1]: row.split("|")[2] for row in page.splitlines() if row[:3] == "| `"}
+    for panel in PANELS:
+        if panel.healthy is not None:
+            low, high = panel.healthy
+            says = {f"{low:g} to {high:g}", f"< {high:g}", f"> {low:g}"}
+            says.add(f"{low:.0e} to {high:.0e}".replace("e-0", "e-"))
+            assert rows[panel.metrics[0]].strip() in says, panel
+
+
 def test_refused(history):
     with pytest.raises(ValueError, match="plot: found no look in the history"):
         aj.plot(history[:1])
@@ -91,10 +141,6 @@ def test_refused(history):
             ValueError, match=r"groups: found .*; expected one or some of \['all', 'b', 'default'\]"
         ):
             aj.plot(history, groups=groups)
-    with pytest.raises(
-        ValueError, match="two looks at step 7 that differ; expected the history of one run"
-    ):
-        aj.plot([*history, history[-1] | {"all/gradient_norm": 3.0}])
     for wrong, says in {"history": "found str", 1: "found int"}.items():
         with pytest.raises(TypeError, match=f"{says}; expected a list of what observations"):
             aj.plot(wrong)

@@ -402,6 +402,20 @@ def test_groups_within_a_chain():
     )
 
 
+def test_the_gradient_of_a_group_is_the_one_that_came_in():
+    """D5: behind a clipping, a group whose gradients grow is seen to grow."""
+    tx = aj.observe(
+        aj.chain(optax.clip_by_global_norm(1.0), aj.by_path({"w": {}}, aj.adam(RATE))), every=1
+    )
+    params = {"w": jnp.ones(4), "b": jnp.ones(3)}
+    grads = {"w": jnp.full(4, 300.0), "b": jnp.full(3, 1.0)}
+    _, state = tx.update(grads, tx.init(params), params)
+    found = aj.observations(state)
+    assert float(found["w/gradient_norm"]) == pytest.approx(600.0, rel=1e-6)
+    assert float(found["default/gradient_norm"]) == pytest.approx(3**0.5, rel=1e-6)
+    assert float(found["all/gradient_norm"]) == pytest.approx((600.0**2 + 3) ** 0.5, rel=1e-6)
+
+
 def test_groups_in_groups_have_paths():
     inner = aj.by_path({"b": aj.adam(0.1)}, aj.adam(RATE))
     tx = aj.observe(aj.by_path({"(b|h)": inner}, aj.adam(RATE)), every=1)
