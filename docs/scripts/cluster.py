@@ -26,28 +26,42 @@ def start(
     """The processes of a cluster, each running the same Python program; what they say goes to
     `logs`, or through pipes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
-        f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(processes),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**environment, "JAX_PROCESS_ID": str(i)},
-            stdout=logs[i] if logs else subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(processes)
-    ]
+    with reserved() as port:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port.getsockname()[1]}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
+        return [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env={**environment, "JAX_PROCESS_ID": str(i)},
+                stdout=logs[i] if logs else subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                # The first one listens there. While it lives, it holds the reservation, too.
+                pass_fds=() if i else (port.fileno(),),
+            )
+            for i in range(processes)
+        ]
+
+
+def reserved() -> socket.socket:
+    """A port that nobody else can take, and at which JAX's coordinator can listen.
+
+    Between a look for a free port and the moment at which the coordinator listens there are
+    seconds. Another program that took the port then made the first process crash and all others
+    wait. The coordinator, which asks to share its port, shares it with this socket alone.
+    """
+    port = socket.socket()
+    if hasattr(socket, "SO_REUSEPORT"):
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    port.bind(("127.0.0.1", 0))
+    return port
 
 
 def echo(number: int, lines: Iterable[str]) -> None:
