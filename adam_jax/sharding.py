@@ -4,7 +4,9 @@ Each moment where its parameter is, and split further where every device would h
 
 Placement changes no number. What a stage computes it computes for each element alone, or sums
 exactly; its random bits belong to positions in the whole array. So XLA may cut the arrays as it is
-told, and a run is the same on one device and on a pod.
+told, and a run is the same on one device and on a pod. Gradients have to arrive as their parameters
+are cut, or be put so: XLA may otherwise compute in their layout, and contract products and sums
+otherwise.
 """
 
 from __future__ import annotations
