@@ -1,6 +1,6 @@
 """Runs the command line."""
 
-import os
+import signal
 import sys
 
 
@@ -8,21 +8,17 @@ def run() -> int:
     """Runs it, and ends quietly where it is interrupted or its output is read no further.
 
     Returns:
-      The exit status: 130 where it is interrupted, 141 where the reader has gone, as a shell has
-      them. (`head` goes when it has seen its lines.)
+      The exit status; 130 where it is interrupted.
     """
+    # A reader that has seen enough, such as `head`, ends it as it ends other commands.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         from adam_jax._cli.main import main
 
-        status = main()
-        sys.stdout.flush()
+        return main()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return status
 
 
 if __name__ == "__main__":

@@ -208,9 +208,10 @@ def canonical(storage: Any) -> Any:
 def _real(dtype: Any) -> Any:
     """The dtype of the parts, where Optax has complex moments in one."""
     try:
-        return jnp.zeros((), dtype).real.dtype
+        complex_valued = jnp.issubdtype(jnp.dtype(dtype), jnp.complexfloating)
     except TypeError:
         return dtype
+    return finfo(dtype).dtype if complex_valued else dtype
 
 
 def resolve_storage(

@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -200,4 +201,4 @@ def test_a_reader_that_goes_ends_it_quietly():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as gone:
         gone.stdout.close()
-        assert (gone.stderr.read(), gone.wait(60)) == ("", 141)
+        assert (gone.stderr.read(), gone.wait(60)) == ("", -signal.SIGPIPE)

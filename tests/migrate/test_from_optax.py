@@ -385,7 +385,9 @@ def test_found_inside_of_wrappers():
         same(aj.migrate.from_optax(state, aj.adam(RATE), LARGE), plain)
         assert int(plain[0].count) == int(plain[3].step) == 5
         np.testing.assert_array_equal(plain[0].mu["w"], optax.tree.get(state, "mu")["w"])
-        same(aj.migrate.to_optax(plain, aj.adam(RATE), state), state)
+        back = aj.migrate.to_optax(plain, aj.adam(RATE), state)
+        # The last bit of a recorded rate depends on how its schedule was compiled.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-7), back, state)
     state = steps_of(chained, LARGE)
     moved = aj.migrate.from_optax(state, ours, LARGE)
     assert int(moved.inner_state[1][3].step) == int(moved.inner_state[1][0].count) == 5

@@ -21,7 +21,8 @@ DRAW = np.random.default_rng(0).standard_normal((3, 8, 4)).astype(np.float32)
 def mesh():
     """NNX names axes only where a mesh has them."""
     auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((1, 1), ("rows", "columns"), auto)
+    devices = np.array(jax.devices()[:1]).reshape(1, 1)
+    return jax.sharding.Mesh(devices, ("rows", "columns"), axis_types=auto)
 
 
 def boxed(kernel):
