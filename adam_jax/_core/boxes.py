@@ -40,7 +40,11 @@ def without_shared_names(tree: PyTree) -> PyTree:
             kept = tuple(None if n == 1 else name for name, n in zip(axes, shape, strict=False))
             if kept != axes[: len(kept)]:
                 changed[attribute] = _like(names, (*kept, *axes[len(kept) :]))
-        return node.replace(**changed) if changed else node
+        if not changed:
+            return node
+        # Older versions of NNX replace nothing without a value; linen's boxes take none.
+        value = jax.tree.leaves(node)[:1] if hasattr(node, "get_metadata") else []
+        return node.replace(*value, **changed)
 
     return jax.tree.map(unnamed, tree, is_leaf=is_box)
 
