@@ -37,6 +37,10 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     Raises:
       ValueError: if a leaf of `updates` has another shape than its parameter, or the trees differ.
     """
+    if updates is None and params is not None:
+        raise ValueError(
+            "apply_updates: found None for updates; expected what `update` returned first."
+        )
     misfits: list[str] = []
 
     def leaf(keys: Any, update: Any, param: Any) -> Any:
@@ -46,6 +50,12 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             at = jax.tree_util.keystr(keys)
             misfits.append(f"{at}: {jnp.shape(update)} for {jnp.shape(param)}")
             return param
+        if _is_complex(update) and not _is_complex(param):
+            raise TypeError(
+                f"apply_updates: at {jax.tree_util.keystr(keys)} found an update of "
+                f"{dtype_of(update)} for a parameter of {dtype_of(param)}; expected a real one. "
+                "Its imaginary part would be lost."
+            )
         if not takes_part(param) or not takes_part(update):
             return jnp.asarray(param + update).astype(dtype_of(param))
         wide = wider_dtype(param, update)
@@ -69,6 +79,10 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             "very parameters."
         )
     return moved
+
+
+def _is_complex(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(dtype_of(leaf), jnp.complexfloating))
 
 
 def _adds(leaf: Any) -> bool:

@@ -25,7 +25,7 @@ from adam_jax._core.configuration import scalar_fields
 from adam_jax._core.errors import brief
 from adam_jax._core.leaves import PyTree, dtype_of
 from adam_jax._core.paths import Parameters, Shape, is_scale, owner
-from adam_jax._core.spec import swapped
+from adam_jax._core.spec import show, swapped
 
 Axes: TypeAlias = tuple[str, ...]
 
@@ -166,9 +166,9 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
             found = structure.flatten_up_to(spread)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"state_shardings: shardings: found the structure {jax.tree.structure(shardings)}; "
-                f"expected one sharding, or the structure of the parameters, {structure}, or a "
-                "prefix of it."
+                "state_shardings: shardings: found the structure "
+                f"{show(jax.tree.structure(shardings))}; expected one sharding, or the structure of "
+                f"the parameters, {show(structure)}, or a prefix of it."
             ) from error
     parameters = {}
     for (path, leaf), its in zip(located, found, strict=True):

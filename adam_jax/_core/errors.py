@@ -69,6 +69,12 @@ def expect_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
         )
 
 
+def expect_flag(name: str, value: Any) -> None:
+    """Refuses what is neither `True` nor `False`."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: found {brief(value)}; expected True or False.")
+
+
 def expect_integer(name: str, value: Any, least: int | None = None) -> None:
     """Refuses what is no Python or NumPy integer, or less than `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adam_jax._core.errors import some
@@ -130,6 +131,27 @@ def expect_arrays(tx: Any, state: Any, caller: str) -> None:
                 raise TypeError(
                     _no_array(caller, f"{place}.{field}{jax.tree_util.keystr(keys)}", wrong)
                 )
+
+
+def expect_one_member(tx: Any, state: Any, caller: str) -> None:
+    """Refuses a state that was made under `jax.vmap` where it is not used under it.
+
+    Its debias factors, one for each member, would be taken for those of leaves.
+
+    Raises:
+      ValueError: where a counter is no scalar integer.
+    """
+    for spec, own, place in _parts(tx, state):
+        counter = spec.definition.counter
+        count = getattr(own, counter, None) if counter else None
+        if count is None or not _has_dtype(count):
+            continue
+        if count.shape or not jnp.issubdtype(count.dtype, jnp.integer):
+            raise ValueError(
+                f"{caller}: found {place}.{counter} of shape {count.shape} and dtype "
+                f"{count.dtype}; expected an integer scalar. A state that was made under jax.vmap "
+                "is updated under it."
+            )
 
 
 def _parts(tx: Any, state: Any, place: str = "") -> Iterator[tuple[Spec, Any, str]]:

@@ -152,8 +152,8 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
     says += [f"leaves of {name} without a gradient: {some(missing, 3)}"] if missing else []
     if not says:
         says = [
-            f"the gradients are {jax.tree.structure(updates)}, {name} is "
-            f"{jax.tree.structure(other)}"
+            f"the gradients are {str(jax.tree.structure(updates))[:200]}, {name} is "
+            f"{str(jax.tree.structure(other))[:200]}"
         ]
     return f"the gradients' tree is not that of {name}: {'; '.join(says)}. {remedy}"
 

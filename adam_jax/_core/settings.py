@@ -25,7 +25,7 @@ from adam_jax._core.errors import brief
 from adam_jax._core.hyperparams import Hyperparameter, cast
 from adam_jax._core.identity import expect_arrays, expect_state, states_of
 from adam_jax._core.leaves import PyTree, scalar_dtype
-from adam_jax._core.spec import show
+from adam_jax._core.spec import show, spec_of
 from adam_jax._core.transformation import expect_transformation
 
 
@@ -205,6 +205,11 @@ def _found(tx: Any, state: Any) -> Iterator[_Found]:
 def _only_state(tx: Any, state: PyTree, caller: str) -> Any:
     """The one state of `tx` in a state."""
     expect_transformation(tx, caller)
+    if spec_of(tx) is None:
+        raise TypeError(
+            f"{caller}: found {show(tx)}; expected a transformation of adam_jax. Where Optax wraps "
+            "one, pass the one inside."
+        )
     found = states_of(tx, state)
     if not found:
         expect_state(tx, state, caller)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from adam_jax._core.context import Context
-from adam_jax._core.errors import bound_arguments
+from adam_jax._core.errors import bound_arguments, expect_flag
 from adam_jax._core.hyperparams import Hyperparameters
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree
@@ -153,13 +153,13 @@ class Spec:
         for name, value in self.config.items():
             kind = parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
-                shown += [show(part) for part in value]
+                shown += [_in_full(part) for part in value]
                 continue
             main_number = (
                 isinstance(value, float) and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
             )
             if main_number or _freeze(value) != _freeze(parameters[name].default):
-                shown.append(f"{name}={show(value)}")
+                shown.append(f"{name}={_in_full(value)}")
         module = self.constructor.__module__.removeprefix("adam_jax.")
         name = (
             f"{module}.{self.constructor.__name__}"
@@ -217,11 +217,20 @@ def all_specs(tx: Any) -> Iterator[Spec]:
 
 
 def show(value: Any) -> str:
+    """Returns how an error shows a transformation or an argument: as its call, if that is short."""
+    text = _in_full(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+_LONGEST = 200  # the call of a hundred groups has thousands of characters
+
+
+def _in_full(value: Any) -> str:
     if isinstance(value, optax.GradientTransformation) and spec_of(value) is None:
         name = getattr(value.update, "__qualname__", type(value).__name__).split(".")[0]
         return f"<{name} of {value.init.__module__.split('.')[0]}>"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name!r}: {show(its)}' for name, its in value.items())}}}"
+        return f"{{{', '.join(f'{name!r}: {_in_full(its)}' for name, its in value.items())}}}"
     return getattr(value, "__qualname__", None) or repr(value)
 
 
@@ -252,10 +261,14 @@ def bind(
 ) -> inspect.BoundArguments:
     """Returns the arguments of a call by name, with the defaults.
 
-    Each is in the one spelling that `canonical` gives it.
+    Each is in the one spelling that `canonical` gives it. What is no flag where the default is one
+    is refused: the string "False" counts as true.
     """
     bound = bound_arguments(constructor, args, kwargs)
     bound.apply_defaults()
+    for name, parameter in bound.signature.parameters.items():
+        if isinstance(parameter.default, bool):
+            expect_flag(f"{constructor.__name__}: {name}", bound.arguments[name])
     bound.arguments |= {name: spell(bound.arguments[name]) for name, spell in canonical.items()}
     return bound
 

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from adam_jax._core.context import Context
 from adam_jax._core.errors import brief, expect_array, hint_for
-from adam_jax._core.identity import expect_state
+from adam_jax._core.identity import expect_one_member, expect_state
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, arrays_of, beside, compiled_sharding
 from adam_jax._core.lift import expect_gradients
@@ -104,6 +104,7 @@ class _Update(_Function):
         self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         expect_state(self.spec, state, f"{self.spec.constructor.__name__}: update")
+        expect_one_member(self.spec, state, f"{self.spec.constructor.__name__}: update")
         state = _of_jax(state)
         params = beside(updates, params)
         expect_gradients(updates, params, f"{self.spec.constructor.__name__}: update")

@@ -10,8 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from adam_jax._core.configuration import Configuration, iter_stages, read_counters, rebuilt
+from adam_jax._core.configuration import (
+    Configuration,
+    iter_stages,
+    moment_states,
+    read_counters,
+    rebuilt,
+)
 from adam_jax._core.errors import brief
+from adam_jax._core.identity import expect_state
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import is_box, unboxed
 from adam_jax._core.spec import all_specs, is_transformation, show, swapped
@@ -77,6 +84,13 @@ def convert_state(
                 f"convert_state: {name}: found {brief(tx)}; expected a gradient "
                 f"transformation.{hint}"
             )
+    ours = isinstance(from_tx, Transformation)
+    if ours and moment_states(state) and not _has_ours(to_tx, params):
+        raise ValueError(
+            f"convert_state: found to_tx of others, {show(to_tx)}, which takes no moments from "
+            "here; expected a transformation of adam_jax. To go back to Optax, call "
+            "to_optax(state, tx, like)."
+        )
     if any(type(node).__name__ == "OptArray" for node in jax.tree.leaves(state, is_leaf=is_box)):
         state, params = unboxed(state), unboxed(params)
     _expect_fit(state, from_tx, params)
@@ -96,6 +110,11 @@ def convert_state(
             "from_optax."
         )
     return converted
+
+
+def _has_ours(tx: Any, params: PyTree) -> bool:
+    """Whether a transformation is of this package, or has one inside."""
+    return isinstance(tx, Transformation) or bool(moment_states(tx.init(params)))
 
 
 def _step_reached(old: Configuration, tx: Any, state: Any) -> Array | None:
@@ -125,12 +144,17 @@ def _expect_fit(state: Any, tx: Any, params: PyTree) -> None:
         ]
         return {place: leaf for place, leaf in located if ".lost" not in place}
 
-    remedy = "Pass a state that from_tx made, and parameters of the shapes that it was made for."
+    remedy = (
+        "Pass a state that from_tx made, and the parameters that it was made for; of Flax NNX both "
+        "pure, nnx.pure(optimizer.opt_state) and nnx.pure(nnx.state(model, nnx.Param)), or neither."
+    )
     expected_state = abstract_state(tx, params, "convert_state")
     found, expected = arrays(state), arrays(expected_state)
     may_be_per_leaf = {"weights"}.union(*(spec.definition.follows for spec in all_specs(tx)))
     for place in sorted(found.keys() ^ expected.keys()):
         has, lacks = ("the state", "from_tx") if place in found else ("from_tx", "the state")
+        # What `update` would say names the call that helps: from_optax, a restore with a target.
+        expect_state(tx, state, "convert_state: from_tx")
         raise ValueError(
             f"convert_state: {has} has {place or 'one array'}, which {lacks} does not have. "
             f"{remedy}"

@@ -21,7 +21,7 @@ from adam_jax._core.configuration import (
     tracks,
     with_inside,
 )
-from adam_jax._core.errors import brief
+from adam_jax._core.errors import brief, expect_flag
 from adam_jax._core.identity import expect_arrays, expect_state, states_of
 from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import path_of
@@ -71,6 +71,8 @@ def reset(
         asked for or no path matches; or if a leaf's ν matches without its μ.
       TypeError: if `tx` is no transformation, or `match` is neither.
     """
+    expect_flag("reset: moments", moments)
+    expect_flag("reset: schedule", schedule)
     if not (moments or schedule):
         raise ValueError(
             "reset: found moments=False and schedule=False; expected at least one of them."

@@ -25,7 +25,7 @@ from adam_jax._core.hyperparams import (
 from adam_jax._core.layers import LayerAxes, expect_layer_axes
 from adam_jax._core.leaves import PyTree, as_wide, as_wide_as, scalar_dtype
 from adam_jax._core.lift import lift
-from adam_jax._core.spec import Definition
+from adam_jax._core.spec import Definition, show
 from adam_jax.stages.matrices import decide
 
 Mask: TypeAlias = Literal["matrices"] | PyTree | Callable[[PyTree], PyTree]
@@ -158,5 +158,5 @@ def _decaying(mask: Mask | None, layer_axes: LayerAxes | None, params: PyTree) -
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"mask: found {brief(tree)}; expected True or False in the structure of the "
-            f"parameters, {jax.tree.structure(params)}, or in a prefix of it."
+            f"parameters, {show(jax.tree.structure(params))}, or in a prefix of it."
         ) from error

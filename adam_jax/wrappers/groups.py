@@ -194,7 +194,7 @@ def _labels(groups: Mapping[str, Any], tree: PyTree, ordered: bool) -> list[str]
         if pattern not in matched:
             hint = hint_to_pattern(pattern, found)
             raise ValueError(
-                f"by_path: found no leaf that {pattern!r} matches; expected at least one, and a "
+                f"by_path: found no leaf that {show(pattern)} matches; expected at least one, and a "
                 f"match of the whole path. {hint}Paths are {_listed(found)}."
             )
     return [its[0] if its else DEFAULT for its in matches]

@@ -43,6 +43,8 @@ def hint_to_pattern(pattern: str, paths: Sequence[str]) -> str:
     glob = re.sub(r"(?<![.)\]}\\\w])\*+", ".*", pattern)
     if glob != pattern and any(re.fullmatch(glob, path) for path in paths):
         return f"It is a regular expression: did you mean {glob!r}? "
+    if len(pattern) > 100:
+        return ""
     for path in paths:
         part = re.search(pattern, path)
         if part and part[0]:

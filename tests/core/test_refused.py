@@ -683,3 +683,50 @@ def test_blocks_along_axes_that_a_leaf_does_not_have():
     tx = adam_jax.adam_mini(0.1, blocks=lambda path, shape: (2,))
     with refused(ValueError, "blocks: found the axes (2,)", "['head']['b']", "(3,)"):
         tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("value", ["False", "no", None, 2, []], ids=repr)
+def test_a_flag_that_is_none(value):
+    """The string "False" counts as true."""
+    for make, name in [
+        (adam_jax.adam, "nesterov"),
+        (adam_jax.rmsprop, "centered"),
+        (adam_jax.scale_by_moments, "floor"),
+        (adam_jax.presets.torch.adam, "amsgrad"),
+    ]:
+        rate = () if make is adam_jax.scale_by_moments else (0.1,)
+        with refused(ValueError, f"{name}: found {value!r}; expected True or False"):
+            make(*rate, **{name: value})
+    tx = adam_jax.adam(0.1)
+    for name in ("moments", "schedule"):
+        with refused(ValueError, f"reset: {name}: found {value!r}; expected True or False"):
+            adam_jax.reset(tx.init(PARAMS), tx, **{name: value})
+
+
+def test_a_state_that_was_made_under_vmap_and_is_updated_without():
+    """With as many members as moments its debias factors were taken for those of leaves."""
+    tx, stacked = adam_jax.adam(0.1), jnp.ones((2, 3))
+    state = jax.vmap(tx.init)(stacked)
+    state = jax.vmap(tx.update)(stacked, state, stacked)[1]
+    with refused(ValueError, "[0].count of shape (2,)", "under jax.vmap"):
+        tx.update(stacked, state, stacked)
+
+
+def test_no_message_grows_with_the_model():
+    many = {f"layer{i}": jnp.ones(2) for i in range(200)}
+    grouped = adam_jax.by_path({name: adam_jax.adam(0.1) for name in many}, adam_jax.adam(0.2))
+    masked = adam_jax.adamw(0.1, mask=dict.fromkeys(many, True))
+    foreign = adam_jax.adam(0.1).init(many)
+    for call in (
+        lambda: grouped.update(many, foreign, many),
+        lambda: masked.update(many, foreign, many),
+        lambda: adam_jax.set_hyperparameters(grouped.init(many), grouped, learning_rate=1.0),
+        lambda: adam_jax.reset(foreign, grouped),
+        lambda: adam_jax.chain(grouped, grouped),
+        lambda: adam_jax.adamw(0.1, mask=dict.fromkeys(many, 3)).update(many, foreign, many),
+        lambda: adam_jax.by_path({"|".join(many) + "|x": "frozen"}, grouped).init({"y": many}),
+        lambda: adam_jax.state_shardings(grouped, many, {"w": jax.sharding.PartitionSpec()}),
+    ):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            call()
+        assert len(str(caught.value)) < 800, str(caught.value)[:1000]

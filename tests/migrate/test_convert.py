@@ -628,8 +628,12 @@ def test_what_cannot_be_is_an_error():
         aj.convert_state(state, aj.adam(0.1, storage="bfloat16"), old, PARAMS)
     with refused(ValueError, "from_tx has [0].scales['mu_scale']", "the state does not"):
         aj.convert_state(state, aj.adam(0.1, storage="8bit"), old, PARAMS)
-    with refused(ValueError, "the state has [0].mu['b']", "from_tx does not"):
+    with refused(ValueError, "from_tx: rmsprop(", "got the state of another transformation"):
         aj.convert_state(state, aj.rmsprop(0.1), old, PARAMS)
+    with refused(ValueError, "from_tx", "from_optax(state, tx, params)"):
+        aj.convert_state(optax.adam(0.1).init(PARAMS), old, old, PARAMS)
+    with refused(ValueError, "to_tx of others", "to_optax(state, tx, like)"):
+        aj.convert_state(state, old, optax.adam(0.1), PARAMS)
     with refused(ValueError, "structure"):
         aj.convert_state((*state, optax.EmptyState()), old, old, PARAMS)
 
