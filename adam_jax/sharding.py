@@ -167,8 +167,8 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
         except (ValueError, TypeError) as error:
             raise ValueError(
                 "state_shardings: shardings: found the structure "
-                f"{show(jax.tree.structure(shardings))}; expected one sharding, or the structure of "
-                f"the parameters, {show(structure)}, or a prefix of it."
+                f"{show(jax.tree.structure(shardings))}; expected one sharding, or the structure "
+                f"of the parameters, {show(structure)}, or a prefix of it."
             ) from error
     parameters = {}
     for (path, leaf), its in zip(located, found, strict=True):

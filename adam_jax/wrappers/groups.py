@@ -194,8 +194,8 @@ def _labels(groups: Mapping[str, Any], tree: PyTree, ordered: bool) -> list[str]
         if pattern not in matched:
             hint = hint_to_pattern(pattern, found)
             raise ValueError(
-                f"by_path: found no leaf that {show(pattern)} matches; expected at least one, and a "
-                f"match of the whole path. {hint}Paths are {_listed(found)}."
+                f"by_path: found no leaf that {show(pattern)} matches; expected at least one, and "
+                f"a match of the whole path. {hint}Paths are {_listed(found)}."
             )
     return [its[0] if its else DEFAULT for its in matches]
 
