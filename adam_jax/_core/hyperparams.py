@@ -163,7 +163,7 @@ class Hyperparameter:
                 f"{name}: found {number!r}; expected a number in {self.within}."
                 + self.hint * (number < low)
             )
-        if _LARGEST < abs(number) < math.inf or (number != 0 == np.float32(number)):
+        if _LARGEST < abs(number) < math.inf:
             raise ValueError(f"{name}: found {number!r}; expected a number that float32 holds.")
 
     def at(self, count: Array | None, kept: Mapping[str, Array] = {}) -> Scalar:
