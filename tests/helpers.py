@@ -3,8 +3,12 @@ expected errors.
 """
 
 import functools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -109,3 +113,22 @@ def moves(text):
         for match in matches
         for shape in re.findall(r"\w\[([\d,]*)\]", match[1])
     ]
+
+
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""What `QUICKLY` says, for a whole process."""
+
+
+def on_eight_devices(script, *arguments, flags=""):
+    """What a test file prints as a script, in a process whose eight devices are this CPU: JSON on
+    its last line.
+    """
+    count = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count} {flags}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", script, *arguments]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])

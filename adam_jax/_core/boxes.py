@@ -16,7 +16,7 @@ from adam_jax._core.leaves import PyTree
 from adam_jax._core.paths import is_box
 
 METADATA = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
-"""Where the boxes of NNX keep the names of axes, by version. Those of linen have `names`."""
+"""The metadata in which versions of NNX keep the names of axes. Boxes of linen have `names`."""
 
 
 def names_of_axes(box: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from adam_jax._core.leaves import narrower_than_float32
 Scalar: TypeAlias = float | Array
 
 _LARGEST = float(np.finfo(np.float32).max)
-"""What is larger would be infinite, since scalars are float32 unless a leaf is float64."""
+"""The largest float32: the scalars of a state have that dtype unless a leaf is float64."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,14 +222,11 @@ def _looks_saved(state: Any) -> bool:
     """Whether a dict or a list is a state that was saved without its classes.
 
     Such a state has the names or the numbers of its stages on top, and the names of their fields
-    below. Parameters and gradients have not.
+    below. Parameters and gradients do not have them.
     """
-    keys = {str(getattr(entry, "key", entry)) for path in _key_paths(state) for entry in path}
+    located = jax.tree_util.tree_leaves_with_path(state)
+    keys = {str(getattr(entry, "key", entry)) for path, _ in located for entry in path}
     return bool(keys & {"count", "mu", "nu", "step", "hyperparams", "inner_state"})
-
-
-def _key_paths(tree: Any) -> Iterator[tuple[Any, ...]]:
-    return (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _is_optax(node: Any) -> bool:

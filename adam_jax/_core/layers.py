@@ -25,7 +25,7 @@ LayerAxes: TypeAlias = Mapping[str, int | tuple[int, ...]]
 
 
 def expect_layer_axes(layer_axes: LayerAxes | None) -> None:
-    """Refuses what is no mapping from regular expressions to axes.
+    """Checks that layer axes are a mapping from regular expressions to axes.
 
     Raises:
       TypeError: for another type than a mapping, of the patterns or of the axes.

@@ -261,8 +261,8 @@ def bind(
 ) -> inspect.BoundArguments:
     """Returns the arguments of a call by name, with the defaults.
 
-    Each is in the one spelling that `canonical` gives it. What is no flag where the default is one
-    is refused: the string "False" counts as true.
+    `canonical` gives each argument one spelling. Where the default is a flag, all but `True` and
+    `False` are refused: Python takes the string "False" for true.
     """
     bound = bound_arguments(constructor, args, kwargs)
     bound.apply_defaults()

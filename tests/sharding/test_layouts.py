@@ -5,25 +5,17 @@ this file, as a script.
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from helpers import on_eight_devices
 
 CASES = ("adam", "adamw in 8 bits", "lamb")
 
 
 @pytest.fixture(scope="module")
 def found():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(__file__)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,13 +7,11 @@ this file, as a script."""
 import functools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 
 import pytest
-from helpers import MOVES
+from helpers import MOVES, on_eight_devices
 
 # Leaves of several ranks, with a scale per row and one for all, narrow and wide. One is too small
 # to be stored in 8 bits.
@@ -41,14 +39,7 @@ FEW = 1000
 @pytest.fixture(scope="module")
 def found():
     """What the process with eight devices says of each run: "case / devices" -> a dictionary."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(__file__)
 
 
 RUNS = [f"{name} / {count}" for name in CASES for count in DEVICES[name]]

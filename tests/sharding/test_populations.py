@@ -5,12 +5,11 @@ this file, as a script. What is right is each member's run by itself, on one dev
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import jax
 import pytest
+from helpers import QUICK_FLAGS, on_eight_devices
 
 import adam_jax as aj
 
@@ -32,16 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found():
-    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    count = "--xla_force_host_platform_device_count=8"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {count} {quickly}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(__file__, flags=QUICK_FLAGS)
 
 
 @pytest.mark.parametrize("way", WAYS)

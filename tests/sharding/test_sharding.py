@@ -8,8 +8,6 @@ devices that are this machine's CPU does at once, and prints what it found: this
 import collections
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 from typing import NamedTuple
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import moves
+from helpers import moves, on_eight_devices
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -364,21 +362,9 @@ def test_refused(case):
 # On eight devices
 
 
-def on_eight_devices(*arguments):
-    """What this file, as a script, prints."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", __file__, *arguments]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def found():
-    return on_eight_devices()
+    return on_eight_devices(__file__)
 
 
 class Step(NamedTuple):
@@ -435,7 +421,7 @@ def test_members_take_the_same_steps_on_any_mesh(found):
 
 @pytest.mark.slow
 def test_every_member_takes_the_same_steps_on_any_mesh():
-    same_on_any_mesh(on_eight_devices("every member"), MEMBERS)
+    same_on_any_mesh(on_eight_devices(__file__, "every member"), MEMBERS)
 
 
 @pytest.mark.parametrize("name", STEPS)
