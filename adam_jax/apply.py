@@ -69,8 +69,10 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     except ValueError as error:
         raise ValueError(
             f"apply_updates: found parameters and updates of different trees, a "
-            f"{type(params).__name__} and a {type(updates).__name__}; expected "
-            "apply_updates(params, updates), in this order, with what `update` returned first."
+            f"{type(params).__name__} and a {type(updates).__name__}"
+            f"{_differences(params, updates)}; "
+            "expected apply_updates(params, updates), in this order, with what `update` returned "
+            "first."
         ) from error
     if misfits:
         raise ValueError(
@@ -79,6 +81,20 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             "very parameters."
         )
     return moved
+
+
+def _differences(params: PyTree, updates: PyTree) -> str:
+    """Returns where two trees differ, as an error says it."""
+    here, there = (
+        {jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, updates)
+    )
+    says = [
+        f"{some(sorted(alone), 3)} only among the {name}"
+        for name, alone in (("parameters", here - there), ("updates", there - here))
+        if alone
+    ]
+    return f" ({'; '.join(says)})" if says else ""
 
 
 def _is_complex(leaf: Any) -> bool:

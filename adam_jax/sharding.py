@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adam_jax._core.configuration import scalar_fields
 from adam_jax._core.errors import brief
-from adam_jax._core.leaves import PyTree, dtype_of
+from adam_jax._core.leaves import PyTree, arrays_of, dtype_of
 from adam_jax._core.paths import Parameters, Shape, is_scale, owner
 from adam_jax._core.spec import show, swapped
 
@@ -89,6 +89,8 @@ def state_shardings(
             f"state_shardings: found {brief(tx)}; expected a gradient transformation, and the "
             f"parameters after it.{hint}"
         )
+    shardings = _of_arrays(shardings, params_or_shapes)
+    params_or_shapes = arrays_of(params_or_shapes)
     parameters = _parameters(params_or_shapes, shardings, mesh)
     given = [its.mesh for its in jax.tree.leaves(shardings) if isinstance(its, NamedSharding)]
     mesh = _one_mesh(mesh, given + [its.sharding.mesh for its in parameters.values()])
@@ -150,6 +152,24 @@ class _Parameter(NamedTuple):
     sharding: NamedSharding
 
 
+def _of_arrays(shardings: PyTree, params: PyTree) -> PyTree:
+    """Shardings without those of leaves that are no arrays, such as the functions of a module."""
+    structure = jax.tree.structure(shardings, is_leaf=_is_sharding)
+    if structure != jax.tree.structure(params):
+        return shardings
+    is_array = jax.tree.leaves(
+        jax.tree.map(lambda leaf: leaf is not None, arrays_of(params), is_leaf=lambda x: x is None)
+    )
+    found = jax.tree.leaves(shardings, is_leaf=_is_sharding)
+    return jax.tree.unflatten(
+        structure, [its if array else None for its, array in zip(found, is_array, strict=True)]
+    )
+
+
+def _is_sharding(node: Any) -> bool:
+    return isinstance(node, (Sharding, PartitionSpec))
+
+
 def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Parameter]:
     """Shape and sharding of each parameter by its path, checked against each other."""
     located, structure = _flat(params)
@@ -161,7 +181,7 @@ def _parameters(params: PyTree, shardings: PyTree, mesh: Any) -> dict[Any, _Para
                 lambda its, part: jax.tree.map(lambda _: its, part),
                 shardings,
                 params,
-                is_leaf=lambda node: isinstance(node, (Sharding, PartitionSpec)),
+                is_leaf=_is_sharding,
             )
             found = structure.flatten_up_to(spread)
         except (ValueError, TypeError) as error:

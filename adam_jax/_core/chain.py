@@ -166,6 +166,7 @@ def _check_order(parts: tuple[Any, ...]) -> Interface:
     corrected = False
     side: Any = None
     rounds: str | None = None
+    skips: str | None = None
     for position, part in enumerate(parts):
         interface = part.interface if isinstance(part, Transformation) else Interface()
         here = f"{show(part)} at position {position}"
@@ -208,6 +209,12 @@ def _check_order(parts: tuple[Any, ...]) -> Interface:
                 "correct_bias(), which has divided by it. Put it between track_moments(...) and "
                 "correct_bias()."
             )
+        if skips and interface.moves:
+            raise ValueError(
+                f"chain: {here} comes after {skips}, which skips its own step alone: the moments "
+                "or the decay behind it would move the parameters all the same. Put the guard "
+                "around the whole chain."
+            )
         if rounds and interface.end != "reads":
             raise ValueError(
                 f"chain: {here} comes after {rounds}, whose updates must reach the parameters as "
@@ -219,6 +226,7 @@ def _check_order(parts: tuple[Any, ...]) -> Interface:
                 "later. Move it last."
             )
         rounds = here if interface.end == "rounds" else rounds
+        skips = here if interface.skips else skips
         corrected = (corrected or interface.bias == "corrects") and interface.gives != "updates"
         if first is None and interface.takes != "any":
             first = interface.takes
@@ -237,7 +245,15 @@ def _check_order(parts: tuple[Any, ...]) -> Interface:
         isinstance(part, Transformation) and part.interface.end == "reads" for part in parts
     )
     end: Any = "rounds" if rounds else "reads" if reads else None
-    return Interface(first or "any", flows or "same", rate, "corrects" if corrected else None, end)
+    return Interface(
+        first or "any",
+        flows or "same",
+        rate,
+        "corrects" if corrected else None,
+        end,
+        moves=any(isinstance(part, Transformation) and part.interface.moves for part in parts),
+        skips=bool(skips),
+    )
 
 
 def _names_of_stages(part: Any) -> Counter[str]:

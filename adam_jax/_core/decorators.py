@@ -24,6 +24,7 @@ def stage(
     rate: Callable[..., Any] | str | None = None,
     bias: Literal["corrects", "before"] | None = None,
     end: Literal["rounds", "reads"] | None = None,
+    moves: bool = False,
     canonical: Mapping[str, Callable[[Any], Any]] = {},
 ) -> Callable[[Callable[P, Definition | tuple[Init, Update]]], Callable[P, Transformation]]:
     """Makes a stage of a function of hyperparameters.
@@ -47,6 +48,7 @@ def stage(
         on them.
       bias: see `Interface`.
       end: see `Interface`.
+      moves: see `Interface`. A stage with slots does, unless it stands at the end.
       canonical: functions by the name of an argument. Each returns the one spelling of a value that
         can be written in several ways: transformations are equal if these are.
 
@@ -64,7 +66,8 @@ def stage(
             bound = bind(make, args, kwargs, canonical)
             side: Any = rate(**bound.arguments) if callable(rate) else rate
             definition = Definition(*make(*bound.args, **bound.kwargs))
-            interface = Interface(takes, gives, side, bias, end)
+            remembers = bool(definition.slots) and end is None
+            interface = Interface(takes, gives, side, bias, end, moves or remembers)
             hypers = list(definition.hyperparameters)
             spec = Spec(
                 build,

@@ -61,6 +61,43 @@ def expect_params(params: PyTree | None, caller: str) -> PyTree:
     return params
 
 
+def expect_parameters(params: PyTree, caller: str) -> None:
+    """Refuses what holds a whole run, which has floats of its own: its moments would be trained."""
+    if hasattr(params, "opt_state"):
+        raise TypeError(
+            f"{caller}: params: found {type(params).__name__}, which holds a state beside the "
+            "parameters; expected the parameters alone, such as its .params, or the nnx.Param of "
+            "the model: nnx.state(model, nnx.Param)."
+        )
+
+
+def call_user(name: str, function: Callable[[Any], Any], argument: Any, what: str) -> Any:
+    """Returns what a function of the user's says.
+
+    Args:
+      name: the argument that the function was given for.
+      function: the function.
+      argument: what it is called with.
+      what: what that is, in words.
+
+    Raises:
+      TypeError: if it cannot be called with one argument; what it raises itself passes.
+    """
+    try:
+        return function(argument)
+    except TypeError as error:
+        try:
+            inspect.signature(function).bind(argument)
+        except TypeError:
+            raise TypeError(
+                f"{name}: found {brief(function)}, which cannot be called with one argument "
+                f"({error}); expected a function of {what} alone."
+            ) from error
+        except ValueError:
+            pass  # a function without a signature
+        raise
+
+
 def expect_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Refuses an option that is none of the known ones."""
     if not any(value is option or (isinstance(value, str) and value == option) for option in known):
@@ -110,8 +147,13 @@ def meant(caller: str, name: str, known: Sequence[str]) -> str | None:
     if name == "betas" and {"b1", "b2"} <= {*known}:
         return "b1 and b2"
     same: set[str] = {other for names in SPELLINGS if name in names for other in names}
-    near = difflib.get_close_matches(name, known, n=1)
-    return next(iter([*(other for other in known if other in same), *near]), None)
+    near = near_argument(name, known)
+    return next((other for other in known if other in same), near)
+
+
+def near_argument(name: str, known: Sequence[str], alike: float = 0.6) -> str | None:
+    """Returns the known name that is spelt most alike, if one is; 1.0 is the same name."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=alike)), None)
 
 
 def bound_arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:

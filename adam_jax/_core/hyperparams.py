@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adam_jax._core.errors import brief
+from adam_jax._core.errors import brief, call_user
 from adam_jax._core.leaves import narrower_than_float32
 
 Scalar: TypeAlias = float | Array
@@ -184,8 +184,9 @@ class Hyperparameter:
             )
         if not self.scheduled:
             return self.value if isinstance(self.value, Array) else float(self.value)
-        value = self.value(count)
-        self._check(value, f"the schedule {self.name}")
+        name = f"the schedule {self.name}"
+        value = call_user(name, self.value, count, "the number of steps taken before")
+        self._check(value, name)
         return value if isinstance(value, Array) else float(value)
 
 

@@ -17,6 +17,8 @@ class Interface(NamedTuple):
         still needs the weights.
       end: "rounds" for the stage whose updates must reach the parameters as they are, "reads" for
         one that leaves them so, and may stand behind it.
+      moves: whether it moves parameters whose gradient is zero, as a decay and a moment do.
+      skips: whether it gives zeros for a step that it does not take.
     """
 
     takes: Literal["moments", "updates", "any"] = "updates"
@@ -24,6 +26,8 @@ class Interface(NamedTuple):
     rate: Literal["applies", "before", "after"] | None = None
     bias: Literal["corrects", "before"] | None = None
     end: Literal["rounds", "reads"] | None = None
+    moves: bool = False
+    skips: bool = False
 
     @property
     def tracks(self) -> bool:

@@ -145,7 +145,8 @@ def _misfit(located: list[Any], updates: PyTree, name: str, other: PyTree, free:
         if not takes_part(leaf) and name_of in wanted:
             return (
                 f"{_at(name_of)}the gradient has dtype {dtype_of(leaf)}, but {name} is "
-                f"floating there; expected a floating gradient. {remedy}"
+                "floating there; expected a floating gradient, of the very parameters that `init` "
+                "was given."
             )
     extra, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
     says = [f"leaves with a gradient that {name} does not have: {some(extra, 3)}"] if extra else []

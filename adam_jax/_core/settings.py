@@ -77,7 +77,8 @@ def set_hyperparameters(
         tx = adamw(settable(1e-3))
         state = set_hyperparameters(state, tx, learning_rate=3e-4)
 
-    A jitted step is not compiled again. A group whose learning rate has a multiplier keeps it: the
+    A jitted step is not compiled again. Moments are not copied: where a step donates its state, use
+    the new one alone. A group whose learning rate has a multiplier keeps it: the
     state holds the value before the multiplier.
 
     Args:
@@ -111,6 +112,11 @@ def set_hyperparameters(
                     "state over with convert_state."
                 )
             short = each.hyperparameter.name
+            if callable(value):
+                raise TypeError(
+                    f"set_hyperparameters: {name}: found {brief(value)}; expected a number. A "
+                    "schedule is given when the transformation is made."
+                )
             Hyperparameter(short, value, each.hyperparameter.within)
             changes.setdefault(id(each.state), {})[short] = value
     states = []
@@ -127,8 +133,9 @@ def set_hyperparameters(
             if (group, short) in group_values and short not in declared
         }
         new = changes.get(id(own), {}) | copies
+        # Copies, one a place: a step may donate the state, and the caller keeps what was given.
         fitted = {
-            short: cast(jnp.asarray(value), kept[short].dtype) for short, value in new.items()
+            short: jnp.array(value, kept[short].dtype, copy=True) for short, value in new.items()
         }
         states.append(own._replace(hyperparams={**kept, **fitted}) if new else own)
     return with_inside(state, {id(inside): rebuilt(tx, iter(states))})
@@ -144,7 +151,7 @@ def set_settable(state: PyTree, tx: Any, values: Mapping[str, Any]) -> PyTree:
 def set_step(state: PyTree, tx: Any, step: Any) -> PyTree:
     """Returns the state with all schedules at another step.
 
-    Moments, and the weights by which their bias is corrected, stay as they are.
+    Moments, and the weights by which their bias is corrected, stay as they are, and are not copied.
 
     Args:
       state: a state of `tx`, or one of a wrapper of Optax that holds one.
@@ -171,9 +178,11 @@ def set_step(state: PyTree, tx: Any, step: Any) -> PyTree:
             f"set_step: found no schedule in {show(tx)}; expected one, for example of the learning "
             "rate."
         )
-    reached = jnp.asarray(step, jnp.int32)
     states = (
-        own._replace(**{reads[place]: reached}) if place in reads else own
+        # A copy for each place: a step may donate the state.
+        own._replace(**{reads[place]: jnp.array(step, jnp.int32, copy=True)})
+        if place in reads
+        else own
         for place, _, _, own in iter_stages(tx, inside)
     )
     return with_inside(state, {id(inside): rebuilt(tx, states)})

@@ -23,7 +23,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from adam_jax._core.context import Context
-from adam_jax._core.errors import brief, expect_array, hint_for
+from adam_jax._core.errors import brief, expect_array, expect_parameters, hint_for, near_argument
 from adam_jax._core.identity import expect_one_member, expect_state
 from adam_jax._core.interface import Interface
 from adam_jax._core.leaves import PyTree, arrays_of, beside, compiled_sharding
@@ -69,6 +69,7 @@ def _of_arrays(caller: str, *trees: PyTree) -> Iterator[None]:
 
 class _Init(_Function):
     def __call__(self, params: PyTree) -> PyTree:
+        expect_parameters(params, f"{self.spec.constructor.__name__}: init")
         params = arrays_of(params)
         with _of_arrays(f"{self.spec.constructor.__name__}: init", params):
             return _replicated_beside(params, self.spec.init(params))
@@ -99,10 +100,21 @@ def _replicated_beside(params: PyTree, state: PyTree) -> PyTree:
     return jax.tree.map(leaf, state)
 
 
+_OWN_ARGUMENTS = ("updates", "state", "params", "gradient")
+
+
 class _Update(_Function):
     def __call__(
         self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[Any, Any]:
+        for name in extra:
+            # Any other name may be meant for a transformation of others, as `grad` is.
+            near = near_argument(name, _OWN_ARGUMENTS, 0.8)
+            if near and near != name:
+                raise TypeError(
+                    f"{self.spec.constructor.__name__}: update: found the argument {name!r}; "
+                    f"did you mean {near}? Call update(grads, state, params)."
+                )
         expect_state(self.spec, state, f"{self.spec.constructor.__name__}: update")
         expect_one_member(self.spec, state, f"{self.spec.constructor.__name__}: update")
         state = _of_jax(state)
@@ -166,6 +178,7 @@ def abstract_state(tx: Any, params: PyTree, caller: str) -> PyTree:
       TypeError: for what is no transformation, and parameters that are no arrays.
     """
     expect_transformation(tx, caller)
+    expect_parameters(params, caller)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         expect_array(leaf, f"{caller}: params at {jax.tree_util.keystr(keys)}")
     return jax.eval_shape(tx.init, params)

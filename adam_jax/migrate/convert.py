@@ -19,7 +19,7 @@ from adam_jax._core.configuration import (
 )
 from adam_jax._core.errors import brief
 from adam_jax._core.identity import expect_state
-from adam_jax._core.leaves import PyTree
+from adam_jax._core.leaves import PyTree, arrays_of
 from adam_jax._core.paths import is_box, unboxed
 from adam_jax._core.spec import all_specs, is_transformation, show, swapped
 from adam_jax._core.transformation import Transformation, abstract_state
@@ -84,6 +84,7 @@ def convert_state(
                 f"convert_state: {name}: found {brief(tx)}; expected a gradient "
                 f"transformation.{hint}"
             )
+    params = arrays_of(params)
     ours = isinstance(from_tx, Transformation)
     if ours and moment_states(state) and not _has_ours(to_tx, params):
         raise ValueError(

@@ -11,7 +11,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from adam_jax._core.errors import some
-from adam_jax._core.leaves import PyTree, takes_part
+from adam_jax._core.leaves import PyTree, arrays_of, takes_part
 from adam_jax._core.paths import RAW, path_of
 from adam_jax._core.settings import hyperparameters, set_settable
 from adam_jax._core.transformation import abstract_state
@@ -111,6 +111,7 @@ def from_optax(state: PyTree, tx: Any, params: PyTree, *, count: int | None = No
     caller = "from_optax"
     if isinstance(tx, optax.MultiSteps):
         return _in_multi_steps(state, tx, params, count)
+    params = arrays_of(params)
     nodes, schedules, others = _split(state)
     first = abstract_state(tx, params, caller)
     _, ours = memories(tx, first, caller)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adam_jax._core.errors import some
-from adam_jax._core.leaves import PyTree
+from adam_jax._core.leaves import PyTree, arrays_of
 from adam_jax._core.spec import all_specs
 from adam_jax._core.transformation import abstract_state
 from adam_jax.migrate.foreign_state import (
@@ -128,6 +128,7 @@ def from_torch(
     caller = "from_torch"
     form = form_of(state_dict, caller)
     groups, entries = form.groups, form.entries
+    params = arrays_of(params)
     first = abstract_state(tx, params, caller)
     parts, ours = memories(tx, first, caller)
     leaves, rules = trained(params), Rules(mapping, transpose, split, stack, heads)

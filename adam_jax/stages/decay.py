@@ -13,7 +13,7 @@ from jax import Array
 from adam_jax._core.arithmetic import multiply
 from adam_jax._core.context import Context
 from adam_jax._core.decorators import stage
-from adam_jax._core.errors import brief, expect_params
+from adam_jax._core.errors import brief, call_user, expect_params
 from adam_jax._core.hyperparams import (
     Hyperparameter,
     Hyperparameters,
@@ -47,7 +47,7 @@ def _rate(*, learning_rate: Any, **others: Any) -> str:
     return "before" if learning_rate is None else "after"
 
 
-@stage(takes="updates", gives="updates", rate=_rate)
+@stage(takes="updates", gives="updates", rate=_rate, moves=True)
 def add_decayed_weights(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
@@ -150,7 +150,7 @@ def _decaying(mask: Mask | None, layer_axes: LayerAxes | None, params: PyTree) -
     if isinstance(mask, str):
         flags = [decays for decays, _ in decide(params, layer_axes)]
         return jax.tree.unflatten(jax.tree.structure(params), flags)
-    tree = mask(params) if callable(mask) else mask
+    tree = call_user("mask", mask, params, "the parameters") if callable(mask) else mask
     try:
         return jax.tree.map(
             lambda decays, part: jax.tree.map(lambda p: _flag(decays), part), tree, params

@@ -182,6 +182,12 @@ def track_moments(  # noqa: PLR0915  (one stage, read from top to bottom)
         }
         if b2 is not None:
             expect_blocks(blocks, grads, state.nu)
+        if columns and state.weights.shape[:2] != (2, len(columns)):
+            raise ValueError(
+                f"track_moments: found weights of shape {state.weights.shape} in the state; "
+                f"expected (2, {len(columns)}), or more axes behind these. Pass the state that "
+                "`init` or `update` returned."
+            )
         grads = limit_gradients(grads, state, slots, rule, nu_rate)
         mu_average = make_ema(values.get("b1", 0.0), mu_decay, mu_rate)
         nu_decays, nu_rates = per_leaf(nu_decay), per_leaf(nu_rate)

@@ -259,4 +259,7 @@ def _interface(parts: Mapping[str, Any], flows: Mapping[str, Interface]) -> Inte
         else next((interface.rate for interface in flows.values() if interface.rate), None)
     )
     end: Any = "rounds" if any(interface.end == "rounds" for interface in flows.values()) else None
-    return Interface("updates", "updates", rate, None, end)
+    moves, skips = (
+        any(getattr(interface, name) for interface in flows.values()) for name in ("moves", "skips")
+    )
+    return Interface("updates", "updates", rate, None, end, moves, skips)

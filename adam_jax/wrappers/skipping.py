@@ -140,7 +140,8 @@ def skip_wrapper(make: Callable[P, SkipWrapper]) -> Callable[P, Transformation]:
                 **own,
             )
 
-        return transformation(Spec(build, bound, init, update, interface, inner={"": tx}))
+        skips = interface._replace(skips=True)
+        return transformation(Spec(build, bound, init, update, skips, inner={"": tx}))
 
     return build
 

@@ -100,6 +100,23 @@ def test_what_looks_at_parameters_takes_a_module():
     assert paths == ["net/linear/weight", "net/linear/bias", "net/count", "net/table"]
 
 
+def test_what_moves_a_state_takes_a_module():
+    tx, arrays = AROUND["adam"], eqx.filter(MODEL, is_array)
+    state = tx.update(GRADIENTS, tx.init(MODEL), MODEL)[1]
+    to = aj.amsgrad(0.1)
+    equal(aj.convert_state(state, tx, to, MODEL), aj.convert_state(state, tx, to, arrays))
+    theirs = optax.adam(0.1).init(arrays)
+    moved = aj.migrate.from_optax(theirs, tx, MODEL)
+    equal(moved, aj.migrate.from_optax(theirs, tx, arrays))
+    spec = jax.sharding.PartitionSpec()
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), spec)
+    each = (jax.tree.map(lambda _: everywhere, its) for its in (MODEL, arrays))
+    for shardings in (everywhere, *each):
+        assert aj.state_shardings(tx, MODEL, shardings) == aj.state_shardings(
+            tx, arrays, everywhere
+        )
+
+
 def test_a_gradient_that_is_missing_is_still_an_error():
     """A trainable leaf is no setting, and outside of a module a number is trained."""
     half = eqx.tree_at(lambda g: g.table, GRADIENTS, None)

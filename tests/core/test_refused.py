@@ -263,6 +263,18 @@ ORDERS = {
         "position 0",
         "Move it behind",
     ),
+    "moments behind a guard": (
+        [adam_jax.skip_nonfinite(optax.identity()), adam_jax.adam(0.1)],
+        "adam(",
+        "position 1",
+        "comes after skip_nonfinite(",
+        "around the whole chain",
+    ),
+    "decay behind a chain with a guard": (
+        [chain(adam_jax.skip_spikes(optax.identity())), add_decayed_weights(0.1)],
+        "add_decayed_weights(",
+        "comes after chain(skip_spikes(",
+    ),
     "nothing": ([], "found no stages", "expected at least one"),
 }
 
@@ -701,6 +713,63 @@ def test_a_flag_that_is_none(value):
     for name in ("moments", "schedule"):
         with refused(ValueError, f"reset: {name}: found {value!r}; expected True or False"):
             adam_jax.reset(tx.init(PARAMS), tx, **{name: value})
+
+
+@pytest.mark.parametrize("function", [lambda: 1.0, lambda a, b: 1.0], ids=["none", "two"])
+def test_a_function_of_another_number_of_arguments(function):
+    says = ["found <lambda>", "which cannot be called with one argument"]
+    with refused(TypeError, "the schedule learning_rate", *says, "steps taken before"):
+        adam_jax.adam(function).init(PARAMS)
+    tx = adam_jax.adamw(0.1, mask=function)
+    with refused(TypeError, "mask: ", *says, "the parameters alone"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_an_error_inside_a_users_function_is_its_own():
+    def schedule(count):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="^mine$"):
+        adam_jax.adam(schedule).init(PARAMS)
+
+
+def test_a_slip_in_a_name_of_update():
+    """Other names are for transformations of others, which take what they know."""
+    tx = adam_jax.adam(0.1)
+    state = tx.init(PARAMS)
+    tx.update(PARAMS, state, PARAMS, value=1.0, grad=PARAMS, loss=2.0)
+    with refused(TypeError, "adam: update: found the argument 'param'", "did you mean params?"):
+        tx.update(PARAMS, state, param=PARAMS)
+
+
+def test_a_whole_run_in_the_place_of_parameters():
+    """Its moments would be trained: a `TrainState` and an `nnx.Optimizer` are trees of arrays."""
+    linen = pytest.importorskip("flax.training.train_state").TrainState
+    nnx, tx = pytest.importorskip("flax.nnx"), adam_jax.adam(0.1)
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    runs = [
+        linen.create(apply_fn=None, params=PARAMS, tx=tx),
+        nnx.Optimizer(model, tx, wrt=nnx.Param),
+    ]
+    for run in runs:
+        for call in (tx.init, lambda its: adam_jax.describe(tx, its)):
+            with refused(TypeError, f"params: found {type(run).__name__}", "parameters alone"):
+                call(run)
+
+
+def test_weights_of_another_shape():
+    """One for both moments would be broadcast to both."""
+    tx = adam_jax.adam(0.1)
+    moments, *others = tx.init(PARAMS)
+    state = (moments._replace(weights=moments.weights[:, :1]), *others)
+    with refused(ValueError, "found weights of shape (2, 1)", "expected (2, 2)"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_a_schedule_cannot_be_set():
+    tx = adam_jax.adam(adam_jax.settable(0.1))
+    with refused(TypeError, "learning_rate: found ", "expected a number"):
+        adam_jax.set_hyperparameters(tx.init(PARAMS), tx, learning_rate=lambda count: 0.1)
 
 
 def test_a_state_that_was_made_under_vmap_and_is_updated_without():

@@ -67,6 +67,15 @@ def test_states_from_other_libraries_can_be_donated():
     donate(state, PARAMS)
 
 
+def test_numbers_that_are_set_can_be_donated():
+    """B11: one array for two groups was two leaves, which no step can donate, and the caller's."""
+    rate = optax.linear_schedule(0.1, 0.0, 9)
+    tx = aj.by_path({"w": aj.adam(aj.settable(0.1), b1=rate)}, aj.adam(aj.settable(0.1), b1=rate))
+    value, step = jnp.float32(0.5), jnp.int32(3)
+    state = aj.set_hyperparameters(tx.init(PARAMS), tx, learning_rate=value)
+    donate(aj.set_step(state, tx, step), value, step, PARAMS)
+
+
 def test_only_what_is_shared_is_copied_and_as_it_was():
     """B11: with its sharding, its dtype and without one copy more."""
     given, fresh = {"x": jnp.ones(4), "w": jnp.ones(())}, jnp.zeros(3)

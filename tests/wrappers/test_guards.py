@@ -260,7 +260,7 @@ def test_guards_are_values():
         assert tx == make(aj.adam(1e-3), max_consecutive=5) != make(aj.adam(1e-3))
         assert hash(tx) == hash(pickle.loads(pickle.dumps(tx)))
         assert eval(repr(tx), vars(aj)) == tx
-        assert tx.interface == aj.adam(1e-3).interface
+        assert tx.interface == aj.adam(1e-3).interface._replace(skips=True)
         assert (
             aj.state_bytes(make(aj.adam(1e-3)), jnp.ones(5000)).wide
             == aj.state_bytes(aj.adam(1e-3), jnp.ones(5000)).wide
