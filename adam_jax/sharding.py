@@ -154,7 +154,7 @@ class _Parameter(NamedTuple):
 
 def _of_arrays(shardings: PyTree, params: PyTree) -> PyTree:
     """Shardings without those of leaves that are no arrays, such as the functions of a module."""
-    structure = jax.tree.structure(shardings, is_leaf=_is_sharding)
+    structure: Any = jax.tree.structure(shardings, is_leaf=_is_sharding)
     if structure != jax.tree.structure(params):
         return shardings
     is_array = jax.tree.leaves(
