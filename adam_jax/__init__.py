@@ -16,7 +16,7 @@ from adam_jax.stages import (
     add_decayed_weights,
     scale_by_learning_rate,
 )
-from adam_jax.apply import apply_updates
+from adam_jax._core.apply import apply_updates
 from adam_jax.rounding import compensate, round_stochastically
 from adam_jax._core.chain import chain
 from adam_jax.wrappers import by_path, expect_progress, manual_axes, skip_nonfinite, skip_spikes

@@ -106,7 +106,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             for interceptor in () if is_chain(part) else inner.interceptors:
                 after, updates = interceptor.after(after, before, updates)
             new_state.append(after)
-        if not context.inside and interface.gives == "updates":
+        if not (context.inside or context.wide) and interface.gives == "updates":
             updates = narrow(updates, incoming, params, interface.end == "rounds")
         return updates, tuple(new_state)
 

@@ -82,6 +82,7 @@ class Context(NamedTuple):
       inside: whether a chain of this package is calling. It rounds the final updates itself, so a
         stage need not.
       extra: the extra arguments of `update`, for stages of others.
+      wide: whether updates leave as wide as they were computed, for `step`, which rounds the sums.
       rounded: whether the updates step from one number of the parameters' dtype to another.
       selector: what chooses between the new states of stages and the old, where a wrapper may skip
         the step.
@@ -97,6 +98,7 @@ class Context(NamedTuple):
     learning_rate: Callable[[], Any] | None = None
     inside: bool = False
     extra: Mapping[str, Any] = {}
+    wide: bool = False
     rounded: bool = False
     selector: StepSelector | None = None
     probe: Any = None

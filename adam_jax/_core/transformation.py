@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
+from adam_jax._core.apply import apply_updates
 from adam_jax._core.context import Context
 from adam_jax._core.errors import brief, expect_array, expect_parameters, hint_for, near_argument
 from adam_jax._core.identity import expect_one_member, expect_state
@@ -107,6 +108,12 @@ class _Update(_Function):
     def __call__(
         self, updates: Any, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[Any, Any]:
+        return self.run(updates, state, params, extra, wide=False)
+
+    def run(
+        self, updates: Any, state: Any, params: Any, extra: dict[str, Any], wide: bool
+    ) -> tuple[Any, Any]:
+        """Checks what `update` was called with, and computes it; `wide`: see `Context`."""
         for name in extra:
             # Any other name may be meant for a transformation of others, as `grad` is.
             near = near_argument(name, _OWN_ARGUMENTS, 0.8)
@@ -121,9 +128,8 @@ class _Update(_Function):
         params = beside(updates, params)
         expect_gradients(updates, params, f"{self.spec.constructor.__name__}: update")
         with _of_arrays(f"{self.spec.constructor.__name__}: update", updates, params):
-            return self.spec.update(
-                updates, state, params, Context(gradient=extra.get("gradient"), extra=extra)
-            )
+            context = Context(gradient=extra.get("gradient"), extra=extra, wide=wide)
+            return self.spec.update(updates, state, params, context)
 
 
 def _of_jax(state: Any) -> Any:
@@ -147,6 +153,47 @@ class Transformation(optax.GradientTransformationExtraArgs):
     __slots__ = ()
     init: _Init
     update: _Update
+
+    def step(
+        self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Takes a whole step: `update`, and the sum of its updates and the parameters.
+
+            params, state = tx.step(grads, state, params)
+
+        The sum is formed in float32, or wider where a gradient or a parameter is, and is rounded
+        once to the parameter's dtype, by the nearest number or by the stage that rounds at the
+        chain's end. For float32 parameters, and behind a stage that rounds, `update` and
+        `apply_updates` give the same bits. For other parameters in 16 bits they round twice: the
+        update, to the wider of its gradient's and its parameter's dtype, and the sum.
+
+        It can be jitted with donated arguments, `jax.jit(tx.step, donate_argnums=(1, 2))`, and
+        scanned, mapped over and differentiated as `update` can.
+
+        Args:
+          grads: as for `update`, of any dtype.
+          state: what `init`, `update` or `step` returned.
+          params: the parameters, in their own dtypes. Those without an update stay: integers, and
+            what is no array in a module of Equinox.
+          **extra: as for `update`; transformations of others get them.
+
+        Returns:
+          The new parameters, of the structure, shapes and dtypes of `params`, and the new state.
+
+        Raises:
+          TypeError, ValueError: as `update`; without parameters; and if this is a part of an
+            optimizer that gives `Moments`.
+        """
+        caller = f"{self.init.spec.constructor.__name__}: step"
+        if params is None:
+            raise ValueError(f"{caller}: found no parameters; call step(grads, state, params).")
+        if self.interface.gives == "moments":
+            raise ValueError(
+                f"{caller}: found stages that give Moments; expected a whole optimizer, which ends "
+                "with scale_by_learning_rate(...)."
+            )
+        updates, state = self.update.run(grads, state, params, extra, wide=True)
+        return apply_updates(params, updates), state
 
     @property
     def stages(self) -> tuple[Any, ...]:

@@ -35,10 +35,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         values = iter(numbers)
         leaves = [next(values) if x is _NUMBER else x for x in rest]
         updates, state, params, rate, varying = jax.tree.unflatten(structure, leaves)
-        applied, inside, rounded, earlier = facts
+        applied, inside, wide, rounded, earlier = facts
         context = Context(
             applied=applied,
             inside=inside,
+            wide=wide,
             rounded=rounded,
             earlier=dict(earlier),
             learning_rate=None if rate is None else lambda: rate,
@@ -59,7 +60,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             [x for x in leaves if _is_number(x)],
             structure,
             tuple(_NUMBER if _is_number(x) else x for x in leaves),
-            (context.applied, context.inside, context.rounded, earlier),
+            (context.applied, context.inside, context.wide, context.rounded, earlier),
         )
 
     return call

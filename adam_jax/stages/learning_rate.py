@@ -70,7 +70,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> Definition:
             hypers["learning_rate"].at(state.step, state.hyperparams), scalar_dtype(updates)
         )
         steps = lift(lambda update: multiply(as_wide(update), downhill), updates)
-        if not context.inside and params is not None:
+        if not (context.inside or context.wide) and params is not None:
             # optax.chain does not round the updates that leave it, and there this is the usual last
             # stage.
             steps = narrow(steps, _like_gradient(updates, params, context.gradient), params)
