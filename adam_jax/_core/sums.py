@@ -199,6 +199,34 @@ def scale_axes(codes: Any, scale: Any) -> tuple[str, ...]:
     return tuple(axes)
 
 
+def cut_axes(x: Any, caller: str) -> tuple[str, ...]:
+    """Returns the manual axes along which devices hold parts of one leaf.
+
+    Args:
+      x: what a device has found in its part.
+      caller: the function that the user called.
+
+    Raises:
+      ValueError: where JAX does not know whether devices hold parts of the leaf or all of it, and
+        where nobody has said whether they are one run.
+    """
+    axes = []
+    for axis in _manual_axes():
+        if axis in _TOLD.get().independent:
+            continue
+        if axis not in _varies_along(lax.axis_index(axis)):
+            raise ValueError(
+                f"{caller}: found the manual axis {axis!r} of jax.pmap, or of jax.shard_map with "
+                "check_vma=False; expected to know which leaves are cut along it. Use "
+                "jax.shard_map with check_vma=True, or limit the gradients before `update`."
+            )
+        if axis in _varies_along(x):
+            if axis not in _TOLD.get().shared:
+                raise ValueError(_unknown(axis, caller))
+            axes.append(axis)
+    return tuple(axes)
+
+
 def _unknown(axis: str, caller: str) -> str:
     return (
         f"{caller}: found the manual axis {axis!r} of jax.shard_map or jax.pmap, along which "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,13 +16,14 @@ from adam_jax._core.decorators import stage
 from adam_jax._core.errors import expect_one_of
 from adam_jax._core.hyperparams import Hyperparameter, Hyperparameters, cast, increment
 from adam_jax._core.hyperparams import ScalarOrSchedule as Number
-from adam_jax._core.leaves import PyTree, scalar_dtype, takes_part
+from adam_jax._core.leaves import PyTree, scalar_dtype
 from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition
 from adam_jax._core.sums import norm
 from adam_jax._core.transformation import Transformation
 from adam_jax.stages.bias import correct_bias, look_ahead
 from adam_jax.stages.decay import add_decayed_weights
+from adam_jax.stages.gradient_clipping import clip_global_norm
 from adam_jax.stages.refine import keep_maximum
 from adam_jax.stages.scale import ClipElementsState, clip_elements, scale_by_moments, take_mu
 from adam_jax.stages.track import track_moments
@@ -161,18 +161,19 @@ def clips(
     return tuple(
         clip_elements(limit)
         if name == "clipvalue"
-        else clip_norm(limit, whole=name == "global_clipnorm")
+        else clip_global_norm(limit)
+        if name == "global_clipnorm"
+        else clip_norm(limit)
         for name, limit in used
     )
 
 
 @stage(takes="updates", gives="updates", rate="before")
-def clip_norm(limit: Number, *, whole: bool = False) -> Definition:
-    """Shortens the updates where their Euclidean norm is above the limit.
+def clip_norm(limit: Number) -> Definition:
+    """Shortens each leaf's update where its Euclidean norm is above the limit.
 
     Args:
       limit: > 0.
-      whole: whether the norm is that of all leaves together, not of each.
     """
     hypers = Hyperparameters(Hyperparameter("limit", limit, "(0, inf)"))
 
@@ -182,19 +183,10 @@ def clip_norm(limit: Number, *, whole: bool = False) -> Definition:
     def update(
         updates: Any, state: ClipElementsState, params: Any, context: Context
     ) -> tuple[PyTree, ClipElementsState]:
-        scalars = scalar_dtype(updates)
-        most = cast(hypers["limit"].at(state.step, state.hyperparams), scalars)
-        sizes = [
-            norm(widen(leaf)).astype(scalars)
-            for leaf in jax.tree.leaves(updates)
-            if takes_part(leaf)
-        ]
-        if whole and sizes:
-            sizes = [norm(jnp.stack(sizes))] * len(sizes)
-        each = iter(sizes)
+        most = cast(hypers["limit"].at(state.step, state.hyperparams), scalar_dtype(updates))
 
         def leaf(update: Any) -> Array:
-            size = next(each)
+            size = norm(widen(update))
             above = size > most
             # One by one: their quotient may be subnormal.
             return multiply(

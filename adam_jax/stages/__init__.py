@@ -5,6 +5,7 @@ from adam_jax.stages.averaging import average_parameters, averaged_parameters
 from adam_jax.stages.bias import correct_bias, look_ahead, rectify
 from adam_jax.stages.caution import cautious
 from adam_jax.stages.decay import add_decayed_weights
+from adam_jax.stages.gradient_clipping import clip_global_norm
 from adam_jax.stages.learning_rate import scale_by_learning_rate
 from adam_jax.stages.moments import Moments
 from adam_jax.stages.refine import center, keep_maximum, mix_slow_mean
@@ -20,6 +21,7 @@ from adam_jax.stages.update_clipping import clip_update_rms
 
 __all__ = [
     "Moments",
+    "clip_global_norm",
     "track_moments",
     "center",
     "keep_maximum",
