@@ -11,17 +11,19 @@ import sys
 import tempfile
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("helpers")
+# What several tests share is in modules beside them, whose asserts say as much as those of tests.
+TESTS = Path(__file__).parent
+modules = {path.stem for path in TESTS.rglob("*.py") if not path.stem.startswith(("test_", "conf"))}
+pytest.register_assert_rewrite(*modules)
 
 OURS = "ADAM_JAX_TESTS_CACHE"
 
 # Processes that tests start find the helpers, whatever folder a test is in.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
-)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
 
 # The workers of a run, and the processes that tests start, share what they compile. It begins empty
 # and ends with the run. Not with JAX 0.6: what it reads back has forgotten which arguments were
