@@ -232,7 +232,7 @@ def test_keras_in_float32(name, keras):
 
 
 def test_optax(x64):
-    """The others are members of the family, which tests/test_trajectories.py compares
+    """The others are members of the family, which `test_trajectories_optax.py` compares
     with Optax.
     """
     assert all(
