@@ -17,7 +17,7 @@ from adam_jax.storage import Codes, Float
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-# That of every member in float32 is exported in tests/test_fits.py.
+# That of every member in float32 is exported in `test_transforms.py`.
 STORAGES = {
     "bfloat16": "bfloat16",
     "8bit": "8bit",
