@@ -83,7 +83,17 @@ def pytest_runtest_makereport(item, call):
 LONGEST = {
     f"test_{name}": i
     for i, name in enumerate(
-        ("storage", "diagnostics", "demo", "guards", "fuzz", "fits", "sharding")
+        (
+            "demo",
+            "metrics",
+            "stored_training",
+            "skipped_steps",
+            "transforms",
+            "fuzz",
+            "sharded_steps",
+            "long_runs",
+            "observe_places",
+        )
     )
 }
 
