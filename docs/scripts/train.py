@@ -254,42 +254,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cluster", action="store_true", help="this is a process of a cluster")
     parser.add_argument(
-        "--cluster", action="store_true", help="this is one of the processes of a cluster"
+        "--directory", type=Path, required=True, help="of the checkpoints, one for all processes"
     )
     parser.add_argument(
-        "--directory",
-        type=Path,
-        required=True,
-        help="of the checkpoints, the same for all processes",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="images of your own, an .npz file as `python -m adam_jax --data` reads it",
+        "--data", type=Path, help="images in an .npz file, as `python -m adam_jax --data` reads it"
     )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
+    parser.add_argument("--batch", type=int, default=64, help="images per step, of all devices")
+    storages = ["float32", "bfloat16", "8bit"]
+    parser.add_argument("--storage", choices=storages, default="float32", help="of the moments")
     parser.add_argument(
-        "--batch", type=int, default=64, help="images a step, of all devices together"
+        "--rounding", choices=list(ROUNDING), default="none", help="of parameters; none: in float32"
     )
     parser.add_argument(
-        "--storage",
-        choices=["float32", "bfloat16", "8bit"],
-        default="float32",
-        help="of the moments",
-    )
-    parser.add_argument(
-        "--rounding",
-        choices=list(ROUNDING),
-        default="none",
-        help="of bfloat16 parameters; none: float32 ones",
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=300,
-        help="seconds without a step after which a process gives up",
+        "--limit", type=float, default=300, help="seconds without a step before a process gives up"
     )
     args = parser.parse_args()
     if args.cluster:
