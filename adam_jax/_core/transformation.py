@@ -167,8 +167,14 @@ class Transformation(optax.GradientTransformationExtraArgs):
         `apply_updates` give the same bits. For other parameters in 16 bits they round twice: the
         update, to the wider of its gradient's and its parameter's dtype, and the sum.
 
-        It can be jitted with donated arguments, `jax.jit(tx.step, donate_argnums=(1, 2))`, and
-        scanned, mapped over and differentiated as `update` can.
+        It can be jitted, scanned, mapped over and differentiated as `update` can. Donate parameters
+        and state in the order in which they are returned:
+
+            step = jax.jit(lambda params, state, grads: tx.step(grads, state, params),
+                           donate_argnums=(0, 1))
+
+        JAX gives each result the first donated array of its shape. In another order, each moment
+        would be put where another array was, and XLA would copy all of them.
 
         Args:
           grads: as for `update`, of any dtype.
