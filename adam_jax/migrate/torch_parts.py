@@ -165,7 +165,7 @@ def _split_of(name: str, split: Splits | None, mapping: Names | None, caller: st
             except (re.error, IndexError) as error:
                 raise ValueError(
                     f"{caller}: split: found names of parts for {key!r} that its pattern does not "
-                    f"fill, {error}; expected \1 for what is in its first parentheses."
+                    f"fill, {error}; expected \\1 for what is in its first parentheses."
                 ) from error
             return made._replace(names=parts)
     return None
