@@ -116,8 +116,7 @@ class MomentSlot(Slot):
         """Returns the scales of a leaf, if they are shared as this storage shares them.
 
         They may be finer than the format's `scale_shape` says: `jax.shard_map` shows parts of
-        leaves, whose rows are short, and a sample of a leaf may have no elements. They are never
-        coarser. `None` where the leaf has none.
+        leaves, whose rows are short. They are never coarser. `None` where the leaf has none.
         """
         coarsest = self.form.scale_shape(stored.shape)
         if coarsest is None or not is_code(stored):
@@ -129,6 +128,8 @@ class MomentSlot(Slot):
                 f"the state has no scale for the {self.name} at {path!r}, which {self.form} keeps. "
                 f"{_REMEDY}"
             )
+        if not stored.size:
+            return scale  # type: ignore[no-any-return]  # a sample that took nothing of a leaf
         shape, finest = jnp.shape(scale), self.form.scale_shape((_LONG,) * stored.ndim)
         assert finest is not None
         if len(shape) != stored.ndim or not all(

@@ -56,6 +56,14 @@ def test_a_leaf_counts_by_its_elements_not_by_its_sample():
     )
 
 
+def test_of_many_leaves_in_codes_some_are_not_looked_at():
+    """A scale for all of a leaf, whose rows are short: nothing of it was not how codes share it."""
+    tx = aj.observe(aj.adam(0.1, storage=aj.storage.Codes(smallest=0)), every=1)
+    params = {str(i): jnp.full((8, 2), 0.5) for i in range(40)}
+    _, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(aj.observations(state)["all/gradient_norm"], 640**0.5 / 2, rtol=1e-5)
+
+
 def test_on_eight_devices_it_sees_the_same_and_gathers_no_array():
     """Of means in float32 and of squares in 8 bits."""
     more = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
