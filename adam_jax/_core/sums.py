@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adam_jax._core.leaves import finfo
+from adam_jax._core.arithmetic import square
+from adam_jax._core.leaves import as_wide, finfo, scalar_dtype, takes_part
 
 optimization_barrier: Any = lax.optimization_barrier
 """From the compiler, which then computes a number once, and as it is written. (Some versions of JAX
@@ -54,6 +55,16 @@ def norm(x: Array) -> Array:
         )  # √0 has no derivative
         x = jnp.where(x > largest, largest, x)
     return x.reshape(())
+
+
+def sums_of_squares(tree: Any) -> list[Array]:
+    """The sum of |x|² over each leaf that takes part, in the dtype of the tree's scalars.
+
+    Floating sums, whose last digits depend on the order.
+    """
+    wide = scalar_dtype(tree)
+    leaves = filter(takes_part, jax.tree.leaves(tree))
+    return [jnp.sum(square(as_wide(leaf))).astype(wide) for leaf in leaves]
 
 
 def _last_first(x: Array, axes: tuple[int, ...] | None) -> list[int]:

@@ -180,7 +180,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
           grads: as for `update`, of any dtype.
           state: what `init`, `update` or `step` returned.
           params: the parameters, in their own dtypes. Those without an update stay: integers, and
-            what is no array in a module of Equinox.
+            leaves of an Equinox module that are not arrays.
           **extra: as for `update`; transformations of others get them.
 
         Returns:

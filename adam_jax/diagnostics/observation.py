@@ -150,8 +150,7 @@ def observe(tx: optax.GradientTransformation, *, every: int = 10, sample: int = 
             for group, its in measure(probe).items()
             for name, x in its.metrics().items()
         }
-        # Of a group without parameters that train, and of what it has not, there is nothing to
-        # keep.
+        # A group keeps only the metrics that it has; one without trained parameters has none.
         return {"step": increment(state.step)} | {
             name: _agreed(found[name], like)
             for name, like in state.observed.items()

@@ -39,7 +39,7 @@ class Panel(NamedTuple):
 
 FRACTIONS = (-0.05, 1.05)
 BESIDE = ("loss", "learning_rate")
-"""What `observe` does not know and a training loop may add to an observation."""
+"""The keys that a training loop may add to an observation: `observe` does not measure them."""
 
 PANELS = (
     Panel("as given", ("loss",)),
@@ -180,7 +180,7 @@ HEALTHY = "#EAF4EA"
 
 
 def _frame(axes: Any, panel: Panel) -> None:
-    """What a drawing has beside its lines."""
+    """The settings of a drawing, besides its lines."""
     if panel.log:
         axes.set_yscale("log")
     if panel.level is not None:

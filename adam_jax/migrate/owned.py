@@ -36,7 +36,7 @@ def owned(made: PyTree, *given: PyTree) -> PyTree:
 
 
 def _buffers(leaf: Any) -> set[Any]:
-    """What tells the memory of an array: its object, and the places where its shards are."""
+    """The memory of an array, by keys to compare: its object, and the addresses of its shards."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return set()
     found: set[Any] = {("object", id(leaf))}

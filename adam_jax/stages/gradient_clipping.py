@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from adam_jax._core.arithmetic import multiply, sqrt, square
+from adam_jax._core.arithmetic import multiply, sqrt
 from adam_jax._core.context import Context
 from adam_jax._core.decorators import stage
 from adam_jax._core.hyperparams import (
@@ -19,10 +18,10 @@ from adam_jax._core.hyperparams import (
     cast,
     increment,
 )
-from adam_jax._core.leaves import PyTree, as_wide, scalar_dtype, takes_part
+from adam_jax._core.leaves import PyTree, as_wide, scalar_dtype
 from adam_jax._core.lift import lift
 from adam_jax._core.spec import Definition
-from adam_jax._core.sums import all_reduce, cut_axes
+from adam_jax._core.sums import all_reduce, cut_axes, sums_of_squares
 
 
 class ClipGlobalNormState(NamedTuple):
@@ -95,10 +94,6 @@ def global_norm(tree: PyTree, caller: str) -> Array:
       tree: arrays.
       caller: the stage, for errors.
     """
-    scalars = scalar_dtype(tree)
-    squares = []
-    for leaf in jax.tree.leaves(tree):
-        if takes_part(leaf):
-            own = jnp.sum(square(as_wide(leaf))).astype(scalars)
-            squares.append(all_reduce(own, lax.psum, cut_axes(own, caller)))
-    return sqrt(functools.reduce(jnp.add, squares, jnp.zeros((), scalars)))
+    own = sums_of_squares(tree)
+    whole = [all_reduce(total, lax.psum, cut_axes(total, caller)) for total in own]
+    return sqrt(functools.reduce(jnp.add, whole, jnp.zeros((), scalar_dtype(tree))))

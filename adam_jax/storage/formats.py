@@ -275,4 +275,4 @@ WORDS = {
     "bfloat16": ("bf16", "16bit"),
     "8bit": ("int8", "uint8", "i8", "u8", "8", "fp8", "8-bit", "8bits", "quantized"),
 }
-"""What people write for a storage, by its name."""
+"""Other spellings of each named storage."""

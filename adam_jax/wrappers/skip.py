@@ -19,11 +19,10 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from adam_jax._core.arithmetic import square
 from adam_jax._core.errors import expect_integer
 from adam_jax._core.hyperparams import Hyperparameter
 from adam_jax._core.leaves import PyTree, as_wide, finfo, scalar_dtype, takes_part, wide_dtype
-from adam_jax._core.sums import agreeing_axes, all_reduce
+from adam_jax._core.sums import agreeing_axes, all_reduce, sums_of_squares
 from adam_jax.wrappers.skipping import (
     SkipNonfiniteState,
     SkipSpikesState,
@@ -176,13 +175,8 @@ def skip_spikes(
 
 def _norm(updates: PyTree, state: SkipSpikesState) -> Array:
     """The Euclidean norm of all leaves; what is larger than float32 holds is infinite."""
-    wide = scalar_dtype(updates)
-    each = [
-        jnp.sum(square(as_wide(leaf))).astype(wide)
-        for leaf in jax.tree.leaves(updates)
-        if takes_part(leaf)
-    ]
-    total = functools.reduce(jnp.add, each, jnp.zeros((), wide))
+    zero = jnp.zeros((), scalar_dtype(updates))
+    total = functools.reduce(jnp.add, sums_of_squares(updates), zero)
     axes = agreeing_axes(total, state.skipped, "skip_spikes")
     return jnp.sqrt(all_reduce(total, lax.psum, axes)).astype(np.float32)
 

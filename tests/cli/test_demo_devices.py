@@ -75,7 +75,7 @@ def alone(code, **environment):
 
 
 def test_on_two_devices_the_state_is_cut_and_the_losses_are_those_of_one(write, tmp_path):
-    """Of devices that JAX makes when it is asked for two."""
+    """JAX makes as many devices of this CPU as it is asked for: two here."""
     alone(DEVICES.format(paths=(str(TESTS / "cli"), str(write()), str(tmp_path / "a.png"))))
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers import ROOT
+from torch_states import into_torch
 
 import adam_jax as aj
 
@@ -200,13 +201,7 @@ def test_a_gpt2_with_the_trainers_groups_moves_to_nnx_and_back(tmp_path):
 
     again = torch_gpt2(torch)
     optimizer = trainers_optimizer(torch, again)
-    weights = aj.migrate.params_to_torch(params, again.state_dict(), **RULES)
-    again.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
-    found = aj.migrate.to_torch(state, tx, optimizer.state_dict(), names=names, **RULES)
-    found["state"] = {
-        i: {k: torch.tensor(v) for k, v in its.items()} for i, its in found["state"].items()
-    }
-    optimizer.load_state_dict(found)
+    into_torch(torch, again, optimizer, params, state, tx, names=names, **RULES)
     theirs = train_torch(torch, again, optimizer, range(60, 90))
     ours, _, _ = train(params, state, range(60, 90))
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
